@@ -1,0 +1,140 @@
+"""Rows: how sequences of equal or different lengths lie in one tensor.
+
+Step after step, and within a step only the sequences that are still running. Sequences are sorted by length,
+longest first, so that the rows of one step are always the first ones of the batch:
+
+    lengths 3 2 1    step 0: a b c | step 1: a b | step 2: a        batch_sizes (3, 2, 1), N = 6
+
+This is the layout of torch.nn.utils.rnn.PackedSequence. What is packed costs nothing for padding, and whatever
+stands in the padding, NaN included, is never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+__all__ = ["Rows", "rows_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The layout of a batch: how many sequences run at each step.
+
+    ``batch_sizes`` never increases; ``batch`` is the number of sequences, those of length 0 included.
+    ``gather`` (N,) says which row of the padded, flattened (T·B, …) tensor stands in each packed row, and
+    ``order`` (B,) which sequence each sorted one is; both are None when all sequences have the full length.
+    """
+
+    batch_sizes: tuple[int, ...]
+    batch: int
+    gather: Tensor | None = None
+    order: Tensor | None = None
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """(T + 1) first packed row of every step; the last entry is N."""
+        return (0, *accumulate(self.batch_sizes))
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether every sequence runs at every step."""
+        return all(size == self.batch for size in self.batch_sizes)
+
+    @property
+    def steps(self) -> int:
+        return len(self.batch_sizes)
+
+    @property
+    def total(self) -> int:
+        return self.offsets[-1]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(T, B, …) to (N, …)."""
+        flat = padded.flatten(0, 1)
+        return flat if self.gather is None else flat.index_select(0, self.gather)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(N, …) to (T, B, …), with zeros in the padding."""
+        rest = packed.shape[1:]
+        if self.gather is None:
+            return packed.reshape(self.steps, self.batch, *rest)
+        padded = packed.new_zeros(self.steps * self.batch, *rest).index_copy(0, self.gather, packed)
+        return padded.reshape(self.steps, self.batch, *rest)
+
+    def sort(self, leaf: Tensor) -> Tensor:
+        """(B, …) in the caller's order to (B, …) longest first."""
+        return leaf if self.order is None else leaf.index_select(0, self.order)
+
+    def unsort(self, leaf: Tensor) -> Tensor:
+        """(B, …) longest first to (B, …) in the caller's order."""
+        if self.order is None:
+            return leaf
+        return leaf.index_select(0, torch.argsort(self.order))
+
+    def chunk(self, first: int, last: int) -> Rows:
+        """The layout of steps ``first`` to ``last`` alone."""
+        return Rows(self.batch_sizes[first:last], self.batch)
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """(N,) the sorted sequence that every packed row belongs to."""
+        return torch.cat([torch.arange(size) for size in self.batch_sizes] or [torch.empty(0, dtype=torch.long)])
+
+    def previous(self, reverse: bool) -> Tensor:
+        """(N,) for every packed row, the row of ``cat([states (N, …), initial (B, …)])`` that came before it."""
+        rows = self.sequence
+        before = torch.full((self.total,), -1, dtype=torch.long)
+        for t, size in enumerate(self.batch_sizes):
+            here = slice(self.offsets[t], self.offsets[t] + size)
+            source = t + 1 if reverse else t - 1
+            running = 0 if not 0 <= source < self.steps else min(size, self.batch_sizes[source])
+            before[here] = self.total + rows[here]
+            if running:
+                start = self.offsets[source]
+                before[self.offsets[t] : self.offsets[t] + running] = torch.arange(start, start + running)
+        return before
+
+    def final(self, reverse: bool) -> Tensor:
+        """(B,) for every sequence, the row of ``cat([states (N, …), initial (B, …)])`` that came last."""
+        last = torch.arange(self.total, self.total + self.batch)
+        for t in reversed(range(self.steps)) if reverse else range(self.steps):
+            last[: self.batch_sizes[t]] = torch.arange(self.offsets[t], self.offsets[t + 1])
+        return last
+
+
+@lru_cache(maxsize=256)
+def _uniform(steps: int, batch: int) -> Rows:
+    return Rows((batch,) * steps, batch)
+
+
+def rows_of(steps: int, batch: int, lengths: Tensor | list[int] | None = None) -> Rows:
+    """The layout of ``batch`` sequences padded to ``steps``, with their lengths (B,) if they differ.
+
+    Raises InputError when lengths are not B integers between 0 and T.
+    """
+    if lengths is None:
+        return _uniform(steps, batch)
+    given = torch.as_tensor(lengths)
+    if given.dim() != 1 or given.numel() != batch or given.is_floating_point() or given.dtype == torch.bool:
+        raise InputError(
+            f"lengths must be {batch} integers, one for each sequence of the batch; "
+            f"got shape {tuple(given.shape)} of {given.dtype}."
+        )
+    device, host = given.device, given.detach().to("cpu", torch.long)
+    if batch and (int(host.min()) < 0 or int(host.max()) > steps):
+        raise InputError(
+            f"lengths must lie between 0 and T = {steps}; got {int(host.min())} to {int(host.max())}. "
+            "Pad xs to the longest sequence, or cut the lengths."
+        )
+    ordered, order = torch.sort(host, descending=True, stable=True)
+    running = torch.arange(steps).unsqueeze(1) < ordered  # (T, B)
+    gather = (torch.arange(steps).unsqueeze(1) * batch + order)[running]
+    sizes = tuple(running.sum(1).tolist())
+    return Rows(sizes, batch, gather.to(device), order.to(device))

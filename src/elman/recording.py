@@ -1,0 +1,41 @@
+"""``record``: mark a value inside a step so that ``scan(..., record=True)`` returns it for every step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from .errors import CellError
+
+__all__ = ["record", "recorder"]
+
+_local = threading.local()
+
+
+def record(name: str, value: Tensor) -> Tensor:
+    """Return ``value`` unchanged, and under ``scan(..., record=True)`` keep it for every step under ``name``.
+
+    ``value`` is (B, …). Costs nothing, and does nothing, when nobody records. Raises CellError when one step
+    records the same name twice.
+    """
+    values = getattr(_local, "values", None)
+    if values is not None:
+        if name in values:
+            raise CellError(f"elman.record({name!r}) is called twice in one step; give each value its own name.")
+        values[name] = value
+    return value
+
+
+@contextmanager
+def recorder(active: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Collect what one step records; with ``active=False`` nothing is collected."""
+    outer = getattr(_local, "values", None)
+    values: dict[str, Tensor] = {}
+    _local.values = values if active else None
+    try:
+        yield values
+    finally:
+        _local.values = outer
