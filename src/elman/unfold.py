@@ -81,7 +81,7 @@ def unfold(
     if state is None:
         state = cell.initial_state(rows.batch, device=x_leaves[0].device, dtype=_state_dtype(cell, x_leaves))
     s_leaves, s_spec = pytree.tree_flatten(state)
-    c_leaves, c_spec = pytree.tree_flatten(constants)
+    c_leaves, c_spec = pytree.tree_flatten(() if constants is None else constants)
     y_spec = None
 
     def step(x, s, c):
