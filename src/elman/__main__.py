@@ -1,0 +1,5 @@
+"""``python -m elman`` is ``elman``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,62 @@
+"""The gated recurrent unit."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..recording import record
+from .gated import Common, GatedCell
+
+__all__ = ["GRUCell"]
+
+
+class GRUCell(GatedCell):
+    """Gated recurrent unit; **u keeps the old state** as in torch.nn (elsewhere Γ_u takes the new).
+
+        r = σ(U_r x + b_r + W_r h⁻ + b'_r)        u = σ(U_u x + b_u + W_u h⁻ + b'_u)
+        n = φ(U x + b + r ⊙ (W h⁻ + b'))          reset_after=True, the form of torch.nn and cuDNN
+        n = φ(U x + b + W (r ⊙ h⁻) + b')          reset_after=False, the original form
+        h = u ⊙ h⁻ + (1 - u) ⊙ n
+
+    x (B, D), state and output h (B, H). Gates are stacked reset, update, candidate: ``weight_ih`` (3H, D),
+    ``weight_hh`` (3H, H), ``bias_ih`` and ``bias_hh`` (3H), as in torch.nn.GRUCell. Keywords: ``squash`` (φ),
+    ``bias``, ``init``, ``device``, ``dtype``. Records "reset", "update" and "candidate".
+
+    Raises OptionError for an unknown name or an impossible size.
+    Source: Cho et al. 2014, Learning phrase representations using RNN encoder-decoder, equations 5 to 8.
+    """
+
+    gates = ("reset", "update", "candidate")
+    shown = ("reset_after",)
+
+    def __init__(
+        self, input_size: int, hidden_size: int, *, reset_after: bool = True, **common: Unpack[Common]
+    ) -> None:
+        super().__init__(input_size, hidden_size, **common)
+        self.reset_after = reset_after
+        self.reset_parameters()
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(B, H) of zeros."""
+        return torch.zeros(batch, self.hidden_size, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        x_r, x_u, x_n = F.linear(x, self.weight_ih, self.bias_ih).chunk(3, -1)
+        if self.reset_after:
+            h_r, h_u, h_n = F.linear(state, self.weight_hh, self.bias_hh).chunk(3, -1)
+            r = record("reset", torch.sigmoid(x_r + h_r))
+            n = self.squash(x_n + r * h_n)
+        else:
+            last = 2 * self.hidden_size
+            b, b_n = (None, None) if self.bias_hh is None else (self.bias_hh[:last], self.bias_hh[last:])
+            h_r, h_u = F.linear(state, self.weight_hh[:last], b).chunk(2, -1)
+            r = record("reset", torch.sigmoid(x_r + h_r))
+            n = self.squash(x_n + F.linear(r * state, self.weight_hh[last:], b_n))
+        u = record("update", torch.sigmoid(x_u + h_u))
+        n = record("candidate", n)
+        h = n + u * (state - n)
+        return h, h

@@ -1,0 +1,54 @@
+"""The command line: options in, results to stdout, progress and errors to stderr, exit code 0, 1 or 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import ElmanError, UsageError
+from .app import app
+
+__all__ = ["app", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``elman`` with these arguments, or those of the process, and leave with its exit code.
+
+    0: done. 1: failed. 2: wrong usage. 130: stopped by Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or bool(os.environ.get("ELMAN_DEBUG"))
+    _plain_warnings()
+    try:
+        app(args=[argument for argument in given if argument != "--debug"], prog_name="elman")
+    except ElmanError as error:
+        if debug:
+            raise
+        _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except OSError as error:
+        if debug:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        _fail(f"{name}{error.strerror or error}.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"elman: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _plain_warnings() -> None:
+    """Show a warning as one paragraph, without the line of elman that gave it."""
+    import warnings
+
+    from ..errors import UnfoldWarning
+
+    ordinary = warnings.formatwarning
+
+    def paragraph(message: Warning | str, category: type[Warning], *place: object) -> str:
+        if issubclass(category, UnfoldWarning):
+            return f"warning: {message}\n"
+        return ordinary(message, category, *place)  # type: ignore[arg-type]  # passed on as it came
+
+    warnings.formatwarning = paragraph  # type: ignore[assignment]  # the stub names the arguments

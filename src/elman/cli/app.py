@@ -1,0 +1,49 @@
+"""The commands of ``elman``, put together."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from . import look, train, use
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="elman",
+    help="Recurrent sequence models: write the recurrence, get the kernel.",
+    epilog="Results go to stdout, progress to stderr. "
+    "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")
+    ] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("elman"))
+        raise typer.Exit
+
+
+app.add_typer(train.app, name="train")
+app.command("resume")(train.resume)
+app.command("evaluate")(use.evaluate)
+app.command("generate")(use.generate)
+app.command("score")(use.score)
+app.command("explain")(look.explain)
+app.command("doctor")(look.doctor)

@@ -1,0 +1,216 @@
+"""A compiled step under autograd: one Function for a whole sequence, with recomputation and second derivatives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ForwardModeError
+from ..packing import Rows
+from . import reference
+from .compiled import Compiled, Differentiated
+from .trace import batch_multiple
+
+__all__ = ["Call", "chunk_length", "run"]
+
+
+@dataclass
+class Call:
+    """One call of a compiled step: the layout, the direction, and how many tensors play each role."""
+
+    compiled: Compiled
+    rows: Rows
+    reverse: bool
+    chunk: int | None
+    counts: tuple[int, int, int, int]  # xs, state, weights, draws
+
+    def parts(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[list[Tensor], ...]:
+        """The flat list of tensors, cut into xs, state, weights, draws."""
+        found, at = [], 0
+        for count in self.counts:
+            found.append(list(tensors[at : at + count]))
+            at += count
+        return tuple(found)
+
+    @property
+    def ragged(self) -> bool:
+        return not self.rows.uniform
+
+    def pieces(self) -> list[tuple[Rows, slice]]:
+        """The chunks of time, in the order in which they run, with the packed rows of each."""
+        rows, size = self.rows, self.chunk or self.rows.steps
+        edges = list(range(0, rows.steps, max(size, 1))) or [0]
+        found = []
+        for first in edges:
+            last = min(first + size, rows.steps)
+            found.append((rows.chunk(first, last), slice(rows.offsets[first], rows.offsets[last])))
+        return found[::-1] if self.reverse else found
+
+
+def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor], dict[str, Tensor]]:
+    """Run a compiled step over all its rows: (ys, final state, kept), differentiable."""
+    step = call.compiled.step
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        flat = Unfold.apply(call, *tensors)
+    else:
+        flat = _flat(call, *_run_forward(call, None, call.parts(tensors))[:3])
+    a, b = len(step.ys), len(step.ys) + len(step.next)
+    return list(flat[:a]), list(flat[a:b]), dict(zip(step.kept, flat[b:], strict=True))
+
+
+def _flat(call: Call, ys: list[Any], final: list[Tensor], kept: dict[str, Tensor]) -> tuple[Any, ...]:
+    return (*ys, *final, *(kept[name] for name in call.compiled.step.kept))
+
+
+def _run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:
+    """All chunks forward. Returns (ys, final, kept, states at the start of every chunk)."""
+    xs, state, weights, draws = parts
+    whole = rule is not None and call.chunk is None
+    run_chunk = rule.runners(call.ragged)[0] if whole else call.compiled.forward(call.ragged)  # type: ignore[union-attr]
+    pieces = call.pieces()
+    if len(pieces) == 1:
+        return (*run_chunk(call.rows, call.reverse, xs, state, weights, draws)[:3], [state])
+    starts, results = [], []
+    for rows, here in pieces:
+        starts.append(state)
+        ys, state, kept, _ = run_chunk(rows, call.reverse, [x[here] for x in xs], state, weights, [d[here] for d in draws])
+        results.append((ys, kept))
+    order = results[::-1] if call.reverse else results
+    ys = [torch.cat(leaves) for leaves in zip(*(r[0] for r in order), strict=True)]
+    kept = {name: torch.cat([r[1][name] for r in order]) for name in order[0][1]}
+    return ys, state, kept, starts
+
+
+class Unfold(torch.autograd.Function):
+    """A sequence as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Any, ...]:
+        xs, state, weights, draws = parts = call.parts(tensors)
+        needs = ctx.needs_input_grad[1:]
+        a, b = len(xs), len(xs) + len(state)
+        rule = call.compiled.derivative(tuple(needs[:a]), tuple(needs[b : b + len(weights)]))
+        ys, final, kept, starts = _run_forward(call, rule, parts)
+        outputs = _flat(call, ys, final, kept)
+        given = {id(t) for t in tensors}
+        seen: set[int] = set()
+        fresh = []
+        for out in outputs:
+            if out is not None and (id(out) in given or id(out) in seen):
+                out = out.clone()
+            seen.add(id(out))
+            fresh.append(out)
+        ctx.call, ctx.rule = call, rule
+        ctx.starts = len(starts)
+        extra = [] if call.chunk else [kept[name] for kind, name in rule.rule.reads if kind == "kept"]
+        ctx.extra = len(extra)
+        ctx.save_for_backward(*tensors, *extra, *(s for start in starts[1:] for s in start))
+        ctx.mark_non_differentiable(*(o for o in fresh if o is not None and not o.is_floating_point()))
+        return tuple(fresh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        call, saved = ctx.call, ctx.saved_tensors
+        count = sum(call.counts)
+        if torch.is_grad_enabled():
+            return (None, *_differentiable_backward(call, ctx.needs_input_grad[1:], saved[:count], grads))
+        extra, starts = saved[count : count + ctx.extra], saved[count + ctx.extra :]
+        return (None, *_run_backward(call, ctx.rule, saved[:count], extra, starts, grads))
+
+    @staticmethod
+    def jvp(ctx: Any, *grads: Tensor) -> Any:
+        raise ForwardModeError(
+            "forward-mode differentiation (jvp) is not derived by this backend. Use scan(..., backend='reference'), "
+            "which PyTorch differentiates in either mode, or reverse mode (torch.autograd.grad, torch.func.vjp)."
+        )
+
+
+def _run_backward(
+    call: Call,
+    rule: Differentiated,
+    tensors: tuple[Tensor, ...],
+    extra: tuple[Tensor, ...],
+    starts: tuple[Tensor, ...],
+    grads: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    xs, state, weights, draws = call.parts(tensors)
+    step, derivative = call.compiled.step, rule.rule
+    forward, adjoint = rule.runners(call.ragged)
+    n_ys, n_state = len(step.ys), len(step.next)
+    g_ys = [grads[i] for i in derivative.floating]
+    carried = [i for i, s in enumerate(state) if s.is_floating_point()]
+    g_state: list[Any] = [grads[n_ys + i] for i in carried]
+    begun = [list(state), *(list(starts[i : i + n_state]) for i in range(0, len(starts), max(n_state, 1)))]
+    pieces = list(zip(call.pieces(), begun, strict=True)) if call.chunk else [((call.rows, slice(None)), begun[0])]
+    g_xs: list[list[Any]] = []
+    sums: dict[int, Tensor] = {}
+    for (rows, here), start in reversed(pieces):
+        x_here, d_here = [x[here] for x in xs], [d[here] for d in draws]
+        if call.chunk:
+            kept = forward(rows, call.reverse, x_here, start, weights, d_here)[2]
+        else:
+            kept = dict(zip((name for kind, name in derivative.reads if kind == "kept"), extra, strict=True))
+        source: dict[str, Any] = {"xs": x_here, "draws": d_here, "kept": kept}
+        read = [source[kind][at] for kind, at in derivative.reads]
+        read += [g[here] for g in g_ys]  # type: ignore[index]
+        back, g_state, _, total = adjoint(rows, not call.reverse, read, g_state, weights, [])
+        g_xs.append(back)
+        for w, g in total.items():
+            sums[w] = sums[w] + g if w in sums else g
+    if len(g_xs) > 1:
+        order = g_xs if call.reverse else g_xs[::-1]
+        joined = [None if g[0] is None else torch.cat(g) for g in zip(*order, strict=True)]
+    else:
+        joined = g_xs[0]
+    result: list[Tensor | None] = [None] * sum(call.counts)
+    for i, g in zip(derivative.x_grads, joined, strict=True):
+        result[i] = g
+    for i, g in zip(carried, g_state, strict=True):
+        result[len(xs) + i] = g
+    for w, g in sums.items():
+        result[len(xs) + len(state) + w] = g
+    return result
+
+
+def _differentiable_backward(call: Call, needs: Any, tensors: Any, grads: Any) -> list[Tensor | None]:
+    """The gradients as differentiable functions: the plain loop, differentiated by autograd with create_graph."""
+    with torch.enable_grad():
+        inputs = [t if need else t.detach() for t, need in zip(tensors, needs, strict=True)]
+        outputs = plain(call, inputs)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and o.requires_grad]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        heads, tails = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(heads, wanted, tails, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def plain(call: Call, tensors: list[Tensor]) -> tuple[Any, ...]:
+    """The same call as a plain loop over the traced step, with the same draws."""
+    xs, state, weights, draws = call.parts(tensors)
+    step, function = call.compiled.step, call.compiled.plain
+    where = [next((d for d, n in enumerate(w.meta["val"].shape) if batch_multiple(n, step.unit)), None) for w in step.weights]
+    names = list(step.kept)
+
+    def one(leaves: list[Tensor], s: list[Tensor], constants: list[Tensor]) -> Any:
+        mine = iter(constants)
+        here = [w if d is None else next(mine).movedim(0, d) for w, d in zip(weights, where, strict=True)]
+        ys, new, kept = function(leaves[0].shape[0], leaves[: len(xs)], s, here, leaves[len(xs) :])
+        return [*(y for y in ys if y is not None), *(kept[name] for name in names)], new
+
+    constants = [w.movedim(d, 0) for w, d in zip(weights, where, strict=True) if d is not None]
+    outs, final, _ = reference.unfold(one, call.rows, [*xs, *draws], state, constants, call.reverse)
+    present = iter(outs)
+    ys = [None if y is None else next(present) for y in step.ys]
+    return (*ys, *final, *present)
+
+
+def chunk_length(remat: int | str | None, steps: int) -> int | None:
+    """Steps from which to recompute: None stores everything, "auto" takes √T."""
+    if remat is None:
+        return None
+    size = max(1, math.isqrt(max(steps - 1, 0)) + 1) if remat == "auto" else int(remat)
+    return size if size < steps else None

@@ -1,0 +1,91 @@
+"""A traced step and everything made from it, on demand: forward programs, derivatives, the step as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .derivative import Derivative, derive, tidy
+from .independence import annotate
+from .interpret import Runner, compile_program, compile_step
+from .program import Program, hoist, partition
+from .trace import Step
+
+__all__ = ["Compiled", "Differentiated"]
+
+
+@dataclass
+class Differentiated:
+    """A derivative with the programs of both directions."""
+
+    rule: Derivative
+    forward: Program
+    adjoint: Program
+
+    def runners(self, ragged: bool) -> tuple[Runner, Runner]:
+        cache: dict[bool, tuple[Runner, Runner]] = self.__dict__.setdefault("_runners", {})
+        if ragged not in cache:
+            cache[ragged] = (
+                compile_program(self.forward, "forward", ragged),
+                compile_program(self.adjoint, "backward", ragged),
+            )
+        return cache[ragged]
+
+
+class Compiled:
+    """A traced step, split into what holds for a whole call and what varies.
+
+    ``invariant(B, [], [], weights, [])`` gives, under ordinary autograd, the values that ``step`` takes as weights.
+    Raises UnfoldError subclasses when the step cannot be unfolded.
+    """
+
+    def __init__(self, traced: Step) -> None:
+        annotate(traced)
+        tidy(traced)
+        before, self.step = hoist(traced)
+        annotate(self.step)
+        self.before = before
+        self.invariant = compile_step(before, "invariant")
+        self.trivial = all(y in before.weights for y in before.ys)
+        self.taken = [before.weights.index(y) for y in before.ys] if self.trivial else []  # type: ignore[arg-type]
+        self._forward: dict[bool, Runner] = {}
+        self._derivatives: dict[tuple[tuple[bool, ...], tuple[bool, ...]], Differentiated] = {}
+
+    @cached_property
+    def program(self) -> Program:
+        """The forward program without a derivative: nothing is kept."""
+        return partition(self.step)
+
+    @cached_property
+    def plain(self) -> Callable[..., Any]:
+        """The varying step as one differentiable function: the reference for second derivatives."""
+        return compile_step(self.step, "step")
+
+    def weights(self, batch: int, leaves: list[Tensor], device: str) -> list[Tensor]:
+        """The invariant values of one call."""
+        if self.trivial:
+            return [leaves[i] for i in self.taken]
+        with torch.autocast(device, enabled=False):
+            return self.invariant(batch, [], [], leaves, [])[0]
+
+    def draws(self, rows: int, device: torch.device) -> list[Tensor]:
+        """All random numbers of one call, (N, …) each."""
+        return [node.meta["draw"](rows, device) for node in self.step.draws]
+
+    def forward(self, ragged: bool) -> Runner:
+        if ragged not in self._forward:
+            self._forward[ragged] = compile_program(self.program, "forward", ragged)
+        return self._forward[ragged]
+
+    def derivative(self, needs_x: tuple[bool, ...], needs_weight: tuple[bool, ...]) -> Differentiated:
+        """Programs that also give the gradients asked for."""
+        key = (needs_x, needs_weight)
+        if key not in self._derivatives:
+            rule = derive(self.step, needs_x, needs_weight)
+            self._derivatives[key] = Differentiated(rule, partition(rule.forward), partition(rule.adjoint))
+        return self._derivatives[key]

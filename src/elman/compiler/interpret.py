@@ -1,0 +1,491 @@
+"""The ``interpret`` backend: a program as Python source that calls ATen, with preallocated buffers.
+
+Runs every step that splits, on any device. One function is generated for the whole program; ``source`` shows it.
+Inside a loop every result that is wanted later is written straight into its place in a buffer over all steps, and
+what is not is written into one scratch buffer that all steps share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..packing import Rows
+from .emit import Names, call, out_variant, shape_source
+from .independence import is_varying, rows_of_node
+from .program import Loop, Program, Segment
+from .trace import Step
+
+__all__ = ["compile_program", "compile_step"]
+
+Runner = Callable[..., tuple[list[Tensor], list[Tensor], dict[str, Tensor], dict[int, Tensor]]]
+
+
+def compile_program(program: Program, name: str, ragged: bool) -> Runner:
+    """The program as a function ``(rows, reverse, xs, state, weights, draws) -> (ys, final, kept, sums)``.
+
+    Packed leaves are (N, …), state leaves (B, …). With ``ragged`` it also serves sequences of unequal lengths.
+    The source of the function is its attribute ``source``.
+    """
+    source, names = _Writer(program, name, ragged).write()
+    names.update(shift=_shift, final=_final, over_rows=_over_rows, sum_time=_sum_time)
+    exec(compile(source, f"<elman {name}>", "exec"), names)
+    run = names[name]
+    run.source = source
+    return run
+
+
+def _shift(after: Tensor, first: Tensor, rows: Rows, reverse: bool) -> Tensor:
+    """(N, …) states after every step and (B, …) the first to (N, …) states before every step."""
+    if rows.uniform:
+        rest = rows.total - rows.batch
+        if rest <= 0:
+            return first[: rows.total]
+        return torch.cat([after[rows.batch :], first] if reverse else [first, after[:rest]])
+    index = rows.previous(reverse).to(after.device)
+    return torch.cat([after, first]).index_select(0, index)
+
+
+def _final(after: Tensor, first: Tensor, rows: Rows, reverse: bool) -> Tensor:
+    """(B, …) the state after every sequence's last step."""
+    if rows.uniform:
+        if rows.total == 0:
+            return first.clone()
+        return after[: rows.batch].clone() if reverse else after[rows.total - rows.batch :].clone()
+    return torch.cat([after, first]).index_select(0, rows.final(reverse).to(after.device))
+
+
+def _over_rows(value: Tensor, rows: Rows, dim: int) -> Tensor:
+    """A value for every sequence, repeated for every packed row; its rows are at ``dim``."""
+    if rows.uniform:
+        if rows.steps == 1:
+            return value
+        shape = list(value.shape)
+        return value.unsqueeze(dim).expand(*shape[:dim], rows.steps, *shape[dim:]).flatten(dim, dim + 1)
+    return value.index_select(dim, rows.sequence.to(value.device))
+
+
+def _sum_time(value: Tensor, rows: Rows) -> Tensor:
+    """(N, …) to (B, …): the sum over the steps of every sequence."""
+    if rows.uniform:
+        return value.reshape(rows.steps, rows.batch, *value.shape[1:]).sum(0)
+    zeros = value.new_zeros(rows.batch, *value.shape[1:])
+    return zeros.index_add(0, rows.sequence.to(value.device), value)
+
+
+def _bases(node: fx.Node) -> list[fx.Node]:
+    """The node and what it may be a view of."""
+    found = [node]
+    while node.op == "call_function" and not out_variant(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        found.append(node)
+    return found
+
+
+class _Writer:
+    """Writes the source of one program. Values over all steps ("flat") keep the shape of the step with N for B."""
+
+    def __init__(self, program: Program, name: str, ragged: bool) -> None:
+        self.program, self.step, self.name, self.ragged = program, program.step, name, ragged
+        self.unit = program.step.unit
+        self.names = Names()
+        self.lines: list[str] = []
+        self.flat: dict[fx.Node, str] = {}  # varying values over all steps
+        self.fixed: dict[fx.Node, str] = {}  # invariant values
+        self.finals: dict[int, str] = {}
+        self.taken: set[str] = set()
+        self.last_use = self._last_uses()
+        self.wide: dict[int, str] = {}  # loop states whose sequence has room for the first state in front
+
+    # -- names and small pieces ---------------------------------------------------------------------------------
+
+    def line(self, text: str, depth: int = 1) -> None:
+        self.lines.append("    " * depth + text)
+
+    def fresh(self, hint: str) -> str:
+        name, n = hint, 1
+        while name in self.taken or name in self.names.table:
+            n += 1
+            name = f"{hint}_{n}"
+        self.taken.add(name)
+        return name
+
+    def front(self, node: fx.Node, text: str, rows: str) -> str:
+        """The value with its rows in front, one for each sequence."""
+        dim, k = rows_of_node(node)  # type: ignore[misc]
+        if k > 1:
+            text = f"{text}.unflatten({dim}, ({rows}, {k}))"
+        return f"{text}.movedim({dim}, 0)" if dim else text
+
+    def back(self, node: fx.Node, text: str) -> str:
+        """Undo ``front``."""
+        dim, k = rows_of_node(node)  # type: ignore[misc]
+        if dim:
+            text = f"{text}.movedim(0, {dim})"
+        return f"{text}.flatten({dim}, {dim + 1})" if k > 1 else text
+
+    def _last_uses(self) -> dict[fx.Node, int]:
+        """The index of the last part that reads each value; outputs are never dropped."""
+        last: dict[fx.Node, int] = {}
+        for i, part in enumerate(self.program.parts):
+            for node in part.nodes:
+                for source in node.all_input_nodes:
+                    last[source] = i
+        return last
+
+    # -- the whole function -------------------------------------------------------------------------------------
+
+    def write(self) -> tuple[str, dict[str, Any]]:
+        step = self.step
+        self.line(f"def {self.name}(rows, reverse, xs, state, weights, draws):", 0)
+        self.line("N, B, sizes = rows.total, rows.batch, rows.batch_sizes")
+        self.taken |= {"rows", "reverse", "xs", "state", "weights", "draws", "N", "B", "sizes", "n", "t", "times"}
+        self.taken |= {"shift", "final", "over_rows", "sum_time"}
+        for role, nodes in (("xs", step.xs), ("weights", step.weights), ("draws", step.draws), ("state", step.state)):
+            for i, node in enumerate(nodes):
+                if node.users or node in step.outputs() or role == "state":
+                    name = self.fresh(node.name)
+                    self.line(f"{name} = {role}[{i}]")
+                    if role in ("xs", "draws"):
+                        self.flat[node] = self.back(node, name)
+                    else:
+                        self.fixed[node] = name
+        self.wanted_before = self._states_read_flat()
+        for node in step.graph.nodes:
+            if node.op == "get_attr":
+                self.fixed[node] = self.names.of(getattr(step.root, str(node.target)), str(node.target).strip("_"))
+        for node in self.program.invariant:
+            self.fixed[node] = self.fresh(node.name)
+            self.line(f"{self.fixed[node]} = {call(node, self.fixed, self.names, self.unit, 'B')}")
+        for i, part in enumerate(self.program.parts):
+            if isinstance(part, Segment):
+                self._segment(part, i)
+            else:
+                self._loop(part)
+        self._returns()
+        return "\n".join(self.lines) + "\n", self.names.table
+
+    def _states_read_flat(self) -> set[int]:
+        """State leaves whose value before every step is read outside their own loop."""
+        index = {n: i for i, n in enumerate(self.step.state)}
+        found = {index[n] for n in self.step.outputs() if n in index}
+        for part in self.program.parts:
+            inside = set(part.carried) if isinstance(part, Loop) else set()
+            for node in part.nodes:
+                found |= {index[n] for n in node.all_input_nodes if n in index and index[n] not in inside}
+        return found
+
+    def over_steps(self, node: fx.Node) -> str:
+        """The source of a value over all steps, made on first use."""
+        if node in self.flat:
+            return self.flat[node]
+        name = self.fresh(f"{node.name}_all")
+        if node in self.step.state:
+            i = self.step.state.index(node)
+            if i in self.wide:
+                self.line(f"{name} = {self.wide[i]}[B:] if reverse else {self.wide[i]}[:N]")
+            else:
+                after = self._result(self.step.next[i])
+                self.line(f"{name} = shift({after}, {self.fixed[node]}, rows, reverse)")
+        else:
+            dim = self._batch_dim(node)
+            if dim is None:
+                return self.fixed[node]
+            self.line(f"{name} = over_rows({self.fixed[node]}, rows, {dim})")
+        self.flat[node] = name
+        return name
+
+    def _batch_dim(self, node: fx.Node) -> int | None:
+        """Where an invariant value has its rows, None where it has none."""
+        shape = node.meta["val"].shape
+        return next((d for d, n in enumerate(shape) if n % self.unit == 0 and n), None)
+
+    # -- segments -----------------------------------------------------------------------------------------------
+
+    def _segment(self, segment: Segment, index: int) -> None:
+        self.line(f"# segment: all {len(segment.nodes)} operations once, over the rows of all steps")
+        keep = set(self.step.outputs())
+        remaining: dict[fx.Node, int] = {}
+        for at, node in enumerate(segment.nodes):
+            for source in node.all_input_nodes:
+                remaining[source] = at
+        for at, node in enumerate(segment.nodes):
+            summed = node.meta["rows"] == "sum"
+            env = {n: self._flat_source(n, summed) for n in node.all_input_nodes}
+            name = self.fresh(node.name)
+            self.line(f"{name} = {call(node, env, self.names, self.unit, 'N')}")
+            self.flat[node] = name
+            dead = [
+                n
+                for n in dict.fromkeys(node.all_input_nodes)
+                if remaining[n] == at and self.last_use[n] == index and n not in keep and n.op == "call_function"
+                and n in self.flat and self.flat[n].isidentifier() and is_varying(n)
+            ]  # fmt: skip
+            if dead:
+                self.line(f"del {', '.join(self.flat.pop(n) for n in dead)}")
+
+    def _flat_source(self, node: fx.Node, summed: bool) -> str:
+        if not isinstance(node.meta["val"], Tensor) or node.meta["rows"] == "sum":
+            return self.flat.get(node) or self.fixed[node]
+        return self.over_steps(node)
+
+    # -- loops --------------------------------------------------------------------------------------------------
+
+    def _loop(self, loop: Loop) -> None:
+        _LoopWriter(self, loop).write()
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def _returns(self) -> None:
+        step = self.step
+        ys = ["None" if y is None else self._result(y) for y in step.ys]
+        finals = []
+        for i, node in enumerate(step.next):
+            if i in self.finals:
+                finals.append(self.finals[i])
+            else:
+                finals.append(f"final({self._result(node)}, {self.fixed[step.state[i]]}, rows, reverse)")
+        kept = [f"{name!r}: {self._result(node)}" for name, node in step.kept.items()]
+        sums = []
+        for w, node in step.sums.items():
+            if node.meta["rows"] == "sum" or (node.meta["rows"] is None and self._batch_dim(node) is None):
+                value = self.flat.get(node) or self.fixed[node]
+                sums.append(f"{w}: {value if node.meta['rows'] == 'sum' else f'{value} * rows.steps'}")
+            else:
+                sums.append(f"{w}: sum_time({self._result(node)}, rows)")
+        self.line(f"return [{', '.join(ys)}], [{', '.join(finals)}], {{{', '.join(kept)}}}, {{{', '.join(sums)}}}")
+
+    def _result(self, node: fx.Node) -> str:
+        text = self.over_steps(node)
+        return self.front(node, text, "N") if is_varying(node) else text
+
+
+class _LoopWriter:
+    """Writes one loop: buffers before it, the body, and what the rest of the program reads after it."""
+
+    def __init__(self, writer: _Writer, loop: Loop) -> None:
+        self.w, self.loop = writer, loop
+        self.step = writer.step
+        self.inside = set(loop.nodes)
+        self.next = {self.step.next[i]: i for i in loop.carried}
+        self.views: dict[fx.Node, str] = {}  # per-step lists of views
+        self.env: dict[fx.Node, str] = {}
+        self.stored = self._stored()
+        self.parts_of_cat = self._parts_of_cat()
+
+    def _stored(self) -> dict[fx.Node, None]:
+        """Nodes whose value is read outside the loop, for all steps."""
+        outputs = set(self.step.outputs()) - set(self.next)
+        found = {n: None for n in self.loop.nodes if n in outputs or any(u not in self.inside for u in n.users)}
+        real = {*(y for y in self.step.ys if y is not None), *self.step.kept.values(), *self.step.sums.values()}
+        for node, i in self.next.items():
+            if node in real or i in self.w.wanted_before:
+                found[node] = None
+        return {n: None for n in found if n in self.inside and isinstance(n.meta["val"], Tensor)}
+
+    def _parts_of_cat(self) -> dict[fx.Node, tuple[fx.Node, int, int]]:
+        """Values that can be written straight into their place in a concatenation: node -> (cat, offset, size)."""
+        found: dict[fx.Node, tuple[fx.Node, int, int]] = {}
+        carried = {base for node in self.next for base in _bases(node)}
+        for node in self.loop.nodes:
+            if node.target is not torch.ops.aten.cat.default:
+                continue
+            sources = list(node.args[0])  # type: ignore[arg-type]
+            dim = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()  # type: ignore[operator]
+            fits = all(
+                n in self.inside and out_variant(n) and n not in carried and n not in found
+                and (n not in self.stored or node in self.stored)
+                and n.target is not torch.ops.aten.cat.default and n.meta["val"].dtype == node.meta["val"].dtype
+                for n in sources
+            )  # fmt: skip
+            if fits and len(set(sources)) == len(sources) and rows_of_node(node) == (0, 1) and dim:
+                at = 0
+                for source in sources:
+                    size = int(source.meta["val"].shape[dim])
+                    found[source] = (node, at, size)
+                    at += size
+                node.meta["cat_dim"] = dim
+        return found
+
+    def write(self) -> None:
+        w, line = self.w, self.w.line
+        names = ", ".join(self.step.state[i].name for i in self.loop.carried)
+        line(f"# loop: carries {names}")
+        line("times = [t for t, n in enumerate(sizes) if n]")
+        line("if reverse:")
+        line("times.reverse()", 2)
+        self._inputs()
+        self._buffers()
+        for i in self.loop.carried:
+            state = self.step.state[i]
+            name = w.fresh(f"{state.name}_now")
+            self.env[state] = name
+            line(f"{name} = {w.fixed[state]}" + (".clone()" if w.ragged else ""))
+        line("for t in times:")
+        body = len(w.lines)
+        self._body()
+        if len(w.lines) == body:
+            line("pass", 2)
+        for i in self.loop.carried:
+            w.finals[i] = f"{self.env[self.step.state[i]]}.clone()"
+        for node, text in self.buffers.items():
+            w.flat[node] = text
+
+    def _inputs(self) -> None:
+        """Values from outside: one view for each step of those that vary."""
+        w = self.w
+        outside = {n: None for node in self.loop.nodes for n in node.all_input_nodes if n not in self.inside}
+        outside.update({n: None for n in self.next if n not in self.inside})
+        carried = {self.step.state[i] for i in self.loop.carried}
+        for node in outside:
+            if node in carried:
+                continue
+            if is_varying(node):
+                name = w.fresh(f"{node.name}_t")
+                w.line(f"{name} = {w.front(node, w.over_steps(node), 'N')}.split(sizes)")
+                self.views[node] = name
+            else:
+                self.env[node] = w.fixed[node]
+
+    def _buffers(self) -> None:
+        """Room over all steps for what is stored, scratch for the rest."""
+        w = self.w
+        self.buffers: dict[fx.Node, str] = {}
+        self.out: dict[fx.Node, str] = {}
+        self.copies: dict[fx.Node, str] = {}
+        carried = {base for node in self.next for base in _bases(node)}
+        for node in self.loop.nodes:
+            if node in self.parts_of_cat or not isinstance(node.meta["val"], Tensor):
+                continue
+            plain = rows_of_node(node) == (0, 1) and out_variant(node)
+            value = node.meta["val"]
+            dtype = w.names.of(value.dtype, str(value.dtype).replace("torch.", ""))
+            device = w.names.of(value.device, str(value.device).replace(":", "_"))
+            options = f"dtype={dtype}, device={device}"
+            if node in self.stored:
+                self._store(node, options)
+                (self.out if plain else self.copies)[node] = f"{self.views[node]}[t]"
+            elif plain and not w.ragged and node not in carried:
+                name = w.fresh(f"{node.name}_out")
+                w.line(f"{name} = empty({shape_source(node, w.unit, 'B')}, {options})")
+                self.out[node] = name
+        for node, (cat, at, size) in self.parts_of_cat.items():
+            dim = cat.meta["cat_dim"]
+            if cat in self.stored:
+                name = w.fresh(f"{node.name}_t")
+                part = w.fresh(f"{node.name}_all")
+                w.line(f"{part} = {self.buffers[cat]}.narrow({dim}, {at}, {size})")
+                w.line(f"{name} = {part}.split(sizes)")
+                self.buffers[node] = part
+                self.out[node] = f"{name}[t]"
+            elif cat in self.out:
+                name = w.fresh(f"{node.name}_out")
+                w.line(f"{name} = {self.out[cat]}.narrow({dim}, {at}, {size})")
+                self.out[node] = name
+
+    def _store(self, node: fx.Node, options: str) -> None:
+        w = self.w
+        shape = [int(n) for n in node.meta["val"].shape]
+        dim, k = rows_of_node(node)  # type: ignore[misc]
+        rest = [*shape[:dim], *shape[dim + 1 :]]
+        sizes = ", ".join(str(n) for n in ([k] if k > 1 else []) + rest)
+        name = w.fresh(f"{node.name}_all")
+        i = self.next.get(node)
+        if i is not None and i in w.wanted_before and not w.ragged and (dim, k) == (0, 1):
+            whole = w.fresh(f"{node.name}_room")
+            first = w.fixed[self.step.state[i]]
+            w.line(f"{whole} = empty((N + B, {sizes}), {options})")
+            w.line(f"({whole}[N:] if reverse else {whole}[:B]).copy_({first})")
+            w.line(f"{name} = {whole}[:N] if reverse else {whole}[B:]")
+            w.wide[i] = whole
+        else:
+            w.line(f"{name} = empty((N, {sizes}), {options})")
+        self.buffers[node] = w.back(node, name) if (dim, k) != (0, 1) else name
+        self.views[node] = w.fresh(f"{node.name}_t")
+        w.line(f"{self.views[node]} = {name}.split(sizes)")
+
+    def _body(self) -> None:
+        w, line = self.w, self.w.line
+        rows = "n" if w.ragged else "B"
+        env = dict(self.env)
+        if w.ragged:
+            line("n = sizes[t]", 2)
+            for i in self.loop.carried:
+                state = self.step.state[i]
+                env[state] = w.fresh(state.name)
+                line(f"{env[state]} = {self.env[state]}[:n]", 2)
+            for node, text in self.env.items():
+                if node not in (self.step.state[i] for i in self.loop.carried) and (d := w._batch_dim(node)) is not None:
+                    env[node] = w.fresh(f"{node.name}_now")
+                    line(f"{env[node]} = {text}.narrow({d}, 0, n)", 2)
+        for node, views in self.views.items():
+            if node not in self.inside:
+                env[node] = w.back(node, f"{views}[t]")
+        self._name_repeated(env)
+        for node in self.loop.nodes:
+            name = w.fresh(node.name)
+            if any(cat is node for cat, _, _ in self.parts_of_cat.values()) and node in self.out:
+                line(f"{name} = {self.out[node]}", 2)
+            else:
+                line(f"{name} = {call(node, env, w.names, w.unit, rows, self.out.get(node))}", 2)
+                if node in self.copies:
+                    line(f"{self.copies[node]}.copy_({w.front(node, name, rows)})", 2)
+            env[node] = name
+        self._carry(env)
+
+    def _name_repeated(self, env: dict[fx.Node, str]) -> None:
+        """Give a name to a view of an input that the body reads more than once."""
+        w = self.w
+        for node in self.views:
+            if node not in self.inside and sum(u in self.inside for u in node.users) > 1:
+                name = w.fresh(f"{node.name}_here")
+                w.line(f"{name} = {env[node]}", 2)
+                env[node] = name
+
+    def _carry(self, env: dict[fx.Node, str]) -> None:
+        w = self.w
+        now = [self.env[self.step.state[i]] for i in self.loop.carried]
+        new = [env[self.step.next[i]] for i in self.loop.carried]
+        if w.ragged:
+            for target, value in zip(now, self._apart(new), strict=True):
+                w.line(f"{target}[:n] = {value}", 2)
+        else:
+            w.line(f"{', '.join(now)} = {', '.join(new)}", 2)
+
+    def _apart(self, new: list[str]) -> list[str]:
+        """Values that may be views of the carried buffers are copied before those are written."""
+        views = {self.step.state[i] for i in self.loop.carried}
+        return [
+            f"{text}.clone()" if len(new) > 1 and (self.step.next[i] in views or not out_variant(self.step.next[i])) else text
+            for i, text in zip(self.loop.carried, new, strict=True)
+        ]
+
+
+def compile_step(step: Step, name: str) -> Callable[..., tuple[list[Tensor], list[Tensor], dict[str, Tensor]]]:
+    """One step as a function ``(B, xs, state, weights, draws) -> (ys, next, kept)``, differentiable by autograd."""
+    names, env = Names(), {}
+    lines = [f"def {name}(B, xs, state, weights, draws):"]
+    for role in ("xs", "state", "weights", "draws"):
+        for i, node in enumerate(getattr(step, role)):
+            env[node] = f"{role}[{i}]"
+    taken = {"B", "xs", "state", "weights", "draws"}
+    for node in step.graph.nodes:
+        if node.op == "get_attr":
+            env[node] = names.of(getattr(step.root, str(node.target)), "constant")
+        elif node.op == "call_function":
+            env[node] = f"{node.name}_" if node.name in taken or node.name in names.table else node.name
+            text = call(node, env, names, step.unit, "B")
+            while env[node] in names.table:
+                env[node] += "_"
+            lines.append(f"    {env[node]} = {text}")
+    ys = ", ".join("None" if y is None else env[y] for y in step.ys)
+    kept = ", ".join(f"{k!r}: {env[n]}" for k, n in step.kept.items())
+    lines.append(f"    return [{ys}], [{', '.join(env[n] for n in step.next)}], {{{kept}}}")
+    source = "\n".join(lines) + "\n"
+    exec(compile(source, f"<elman {name}>", "exec"), names.table)
+    run = names.table[name]
+    run.source = source
+    return run

@@ -1,0 +1,80 @@
+"""What a traced program depends on, as a hashable key: a program is used again exactly while its key is the same.
+
+    the structure of the module tree (names, types, train or eval, hooks)
+    every Python attribute of every module (numbers, strings, containers, configuration objects, functions, tensors)
+    shape, dtype and device of every leaf of x, state, constants, parameters and buffers; their tree structure
+    autocast (on, dtype) and the default dtype
+
+Sizes of T and B are no part of it. Values behind global names are not tracked: make them attributes.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ambient", "fingerprint"]
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_forward_hooks", "_forward_pre_hooks"}
+_PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, type, range)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, torch._C.Generator)
+
+
+class _Identity:
+    """A key that equals only the very same object, and keeps it alive so that its address is not used again."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.thing is other.thing
+
+
+def _freeze(value: Any, depth: int = 0) -> Hashable:
+    kind = type(value)
+    if kind in _PLAIN:
+        return ("nan",) if value != value else (kind, value)
+    if isinstance(value, Tensor):
+        return (_Identity(value), tuple(value.shape), value.dtype)
+    if isinstance(value, nn.Module) or isinstance(value, _FUNCTIONS) or depth > 5:
+        return _Identity(value)
+    if isinstance(value, (list, tuple)):
+        return (kind, *(_freeze(v, depth + 1) for v in value))
+    if isinstance(value, dict):
+        return (kind, *((str(k), _freeze(v, depth + 1)) for k, v in value.items()))
+    if isinstance(value, (set, frozenset)):
+        return (kind, frozenset(_freeze(v, depth + 1) for v in value))
+    inner = getattr(value, "__dict__", None)
+    return (kind, _freeze(dict(inner), depth + 1)) if inner is not None else _Identity(value)
+
+
+def fingerprint(module: nn.Module) -> Hashable:
+    """Everything of the module tree, tensors apart, that a step may read."""
+    found: list[Hashable] = []
+    for name, part in module.named_modules():
+        # A pre-hook (pruning, the older weight_norm) writes its tensors anew at every call.
+        hooked = bool(part._forward_pre_hooks)
+        own = [
+            (key, _freeze(value))
+            for key, value in part.__dict__.items()
+            if key not in _MODULE_INTERNALS and not (hooked and isinstance(value, Tensor))
+        ]
+        hooks = (*map(_Identity, part._forward_pre_hooks.values()), *map(_Identity, part._forward_hooks.values()))
+        found.append((name, type(part), part.training, *own, *hooks))
+    return tuple(found)
+
+
+def ambient(device: torch.device) -> Hashable:
+    """The state of PyTorch that a step may depend on."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return (autocast, torch.get_autocast_dtype(device.type) if autocast else None, torch.get_default_dtype())

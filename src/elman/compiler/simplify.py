@@ -1,0 +1,182 @@
+"""Small rewrites of a step's graph that every backend profits from. Each keeps the value, up to rounding.
+
+    detach, alias           gone
+    sums of terms           what depends on no state is added first, so that it leaves the loop;
+                            a matrix product is added by addmm
+    slice gradients         the gradients of all the slices of one value become one concatenation
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .trace import Step
+
+__all__ = ["fuse", "simplify"]
+
+aten = torch.ops.aten
+_NOTHING = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+
+
+def simplify(step: Step) -> None:
+    """Rewrite the graph of an annotated step in place; annotate it again afterwards."""
+    _drop_aliases(step)
+    _drop_dead(step)
+    _join_slices(step)
+    _order_sums(step)
+    _drop_dead(step)
+
+
+def fuse(step: Step) -> None:
+    """a + b·c becomes addcmul, one pass over memory; last, because no other rewrite looks for it."""
+    ends = set(step.outputs())
+    for node in list(step.graph.nodes):
+        if not _is_sum(node):
+            continue
+        for at, product in enumerate(node.args):
+            other = node.args[1 - at]
+            factors = product.args if product.target is aten.mul.Tensor else ()
+            fits = len(product.users) == 1 and product not in ends and not product.kwargs and other is not product
+            if fits and factors and all(isinstance(f, fx.Node) for f in factors):
+                values = [n.meta["val"] for n in (node, other, *factors)]
+                if values[1].shape == values[0].shape and len({v.dtype for v in values}) == 1:
+                    with step.graph.inserting_before(node):
+                        joined = _make(step, aten.addcmul.default, (other, *factors), node)
+                    _replace(step, node, joined)
+                    step.graph.erase_node(product)
+                    break
+
+
+def _replace(step: Step, node: fx.Node, by: fx.Node) -> None:
+    node.replace_all_uses_with(by)
+    step.ys[:] = [by if n is node else n for n in step.ys]
+    step.next[:] = [by if n is node else n for n in step.next]
+    for table in (step.kept, step.sums):
+        for key, n in table.items():
+            if n is node:
+                table[key] = by  # type: ignore[index]
+    step.graph.erase_node(node)
+
+
+def _drop_aliases(step: Step) -> None:
+    for node in list(step.graph.nodes):
+        if node.target in _NOTHING and node.args[0].meta["val"].dtype == node.meta["val"].dtype:
+            _replace(step, node, node.args[0])
+
+
+def _drop_dead(step: Step) -> None:
+    alive = set(step.outputs())
+    for node in reversed(list(step.graph.nodes)):
+        if node.op in ("call_function", "get_attr", "output") and not node.users and node not in alive:
+            step.graph.erase_node(node)
+
+
+def _terms(node: fx.Node, ends: set[fx.Node]) -> list[fx.Node]:
+    """The summands of a tree of additions of which only the root is used elsewhere."""
+    found: list[fx.Node] = []
+    for arg in node.args:
+        inner = isinstance(arg, fx.Node) and _is_sum(arg) and len(arg.users) == 1 and arg not in ends
+        same = inner and arg.meta["val"].shape == node.meta["val"].shape  # type: ignore[union-attr]
+        same = same and arg.meta["val"].dtype == node.meta["val"].dtype  # type: ignore[union-attr]
+        found += _terms(arg, ends) if same else [arg]  # type: ignore[list-item,arg-type]
+    return found
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def _roots(step: Step, ends: set[fx.Node]) -> list[fx.Node]:
+    roots = []
+    for node in step.graph.nodes:
+        if _is_sum(node):
+            user = next(iter(node.users), None)
+            inner = len(node.users) == 1 and node not in ends and user is not None and _is_sum(user)
+            if not (inner and user.meta["val"].shape == node.meta["val"].shape):  # type: ignore[union-attr]
+                roots.append(node)
+    return roots
+
+
+def _make(step: Step, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    new = step.graph.call_function(target, args)
+    new.meta = dict(like.meta)
+    return new
+
+
+def _join_slices(step: Step) -> None:
+    ends = set(step.outputs())
+    for root in _roots(step, ends):
+        terms = _terms(root, ends)
+        slices = [t for t in terms if t.target is aten.slice_backward.default and len(t.users) == 1 and t.args[5] == 1]
+        if len(slices) < 2 or len(slices) != len(terms):
+            continue
+        sizes, dim = slices[0].args[1], slices[0].args[2]
+        if any(t.args[1] != sizes or t.args[2] != dim for t in slices):
+            continue
+        full = sizes[dim]  # type: ignore[index]
+        slices.sort(key=lambda t: t.args[3])  # type: ignore[arg-type,return-value]
+        edges = [(t.args[3], min(t.args[4], full)) for t in slices]  # type: ignore[type-var]
+        covers = edges[0][0] == 0 and edges[-1][1] == full
+        if covers and all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False)):
+            with step.graph.inserting_before(root):
+                joined = _make(step, aten.cat.default, ([t.args[0] for t in slices], dim), root)
+            _replace(step, root, joined)
+    _drop_dead(step)
+
+
+def _order_sums(step: Step) -> None:
+    """Add first what depends on no state; then each product with addmm."""
+    moving: set[fx.Node] = set(step.state)
+    for node in step.graph.nodes:
+        if any(n in moving for n in node.all_input_nodes):
+            moving.add(node)
+    ends = set(step.outputs())
+    for root in _roots(step, ends):
+        terms = _terms(root, ends)
+        value = root.meta["val"]
+        if any(t.meta["val"].dtype != value.dtype for t in terms) or not any(t in moving for t in terms):
+            continue
+        fixed: list[fx.Node] = []
+        products: list[tuple[Any, Any]] = []
+        others: list[fx.Node] = []
+        for term in terms:
+            single = len(term.users) == 1 and term not in ends and term.meta["val"].shape == value.shape
+            if term not in moving:
+                fixed.append(term)
+            elif single and term.target is aten.addmm.default and not term.kwargs and term.args[0] not in moving:
+                fixed.append(term.args[0])  # type: ignore[arg-type]
+                products.append(term.args[1:])  # type: ignore[arg-type]
+            elif single and term.target is aten.mm.default:
+                products.append(term.args)  # type: ignore[arg-type]
+            else:
+                others.append(term)
+        if not products and len(fixed) < 2:
+            continue
+        # The widest first, so that every partial sum has the full shape as early as possible.
+        fixed.sort(key=lambda t: -t.meta["val"].numel())
+        with step.graph.inserting_before(root):
+            total: fx.Node | None = None
+            for term in [*fixed, *others]:
+                total = term if total is None else _add(step, total, term, root)
+            for left, right in products:
+                if total is not None and total.meta["val"].shape == value.shape:
+                    total = _make(step, aten.addmm.default, (total, left, right), root)
+                else:
+                    product = _make(step, aten.mm.default, (left, right), root)
+                    total = product if total is None else _add(step, total, product, root)
+        assert total is not None
+        _replace(step, root, total)
+        if any(n in moving for n in terms):
+            moving.add(total)
+
+
+def _add(step: Step, left: fx.Node, right: fx.Node, like: fx.Node) -> fx.Node:
+    new = _make(step, aten.add.Tensor, (left, right), like)
+    value = like.meta["val"]
+    shape = torch.broadcast_shapes(left.meta["val"].shape, right.meta["val"].shape)
+    with value.fake_mode:
+        new.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
+    return new

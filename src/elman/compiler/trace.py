@@ -1,0 +1,377 @@
+"""Pass 1, trace: the user's step becomes a graph of ATen operations.
+
+The step runs once on fake tensors (shapes without data) through ``make_fx``. The batch stays symbolic without
+symbolic integers: the batch size is a prime that divides no other dimension, so that every dimension and every
+integer argument that is a multiple of it *is* a multiple of the batch, k·B. To be sure, the step is traced with
+two primes, and the two graphs must agree in everything else. T is no part of the trace at all.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..errors import (
+    CapturedTensorError,
+    DataDependentError,
+    ElmanError,
+    MutationError,
+    UnsupportedError,
+)
+
+__all__ = ["Leaf", "Step", "batch_multiple", "decompositions", "fake", "location", "perturb", "trace"]
+
+aten = torch.ops.aten
+_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069)
+
+_KEPT_WHOLE = (
+    # Fused forms that are one kernel in every backend; taken apart they would be five to fifteen.
+    aten.sigmoid_backward.default,
+    aten.tanh_backward.default,
+    aten.threshold_backward.default,
+    aten.native_layer_norm_backward.default,
+    aten._softmax_backward_data.default,
+    aten._log_softmax_backward_data.default,
+    aten.slice_backward.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.split.Tensor,
+    aten.baddbmm.default,
+    aten.silu.default,
+    aten.silu_backward.default,
+    aten.gelu_backward.default,
+    aten.softplus.default,
+    aten.softplus_backward.default,
+    aten.elu_backward.default,
+    aten.embedding_dense_backward.default,
+)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What is known of a tensor before any data: its shape past the batch, dtype and device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    batched: bool
+
+
+@dataclass
+class Step:
+    """One step as a graph, and the role of each of its ends.
+
+    Placeholders: ``xs`` differ at every time and row, ``state`` is what the last step left, ``weights`` hold for
+    all steps (parameters without, constants with a batch dimension), ``draws`` are random numbers, new at every
+    step. Outputs: ``ys``, the ``next`` state, values ``kept`` by name, and ``sums`` over time, by weight index.
+    ``unit`` is the prime that stands for the batch size.
+    """
+
+    graph: fx.Graph
+    root: fx.GraphModule
+    unit: int
+    xs: list[fx.Node]
+    state: list[fx.Node]
+    weights: list[fx.Node]
+    draws: list[fx.Node] = field(default_factory=list)
+    ys: list[fx.Node | None] = field(default_factory=list)
+    next: list[fx.Node] = field(default_factory=list)
+    kept: dict[str, fx.Node] = field(default_factory=dict)
+    sums: dict[int, fx.Node] = field(default_factory=dict)
+
+    def outputs(self) -> list[fx.Node]:
+        """Every node that leaves the step."""
+        found = [*(y for y in self.ys if y is not None), *self.next, *self.kept.values(), *self.sums.values()]
+        return list(dict.fromkeys(found))
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's core ATen decompositions, less the fused forms that backends keep whole."""
+    table = dict(core_aten_decompositions())
+    for op in _KEPT_WHOLE:
+        table.pop(op, None)
+    table.update(get_decompositions([aten.native_dropout]))
+    return table
+
+
+def batch_multiple(value: Any, unit: int) -> int:
+    """k where an integer of the graph stands for k·B; 0 where it is an ordinary integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return 0
+    return value // unit if value and value % unit == 0 else 0
+
+
+def fake(mode: FakeTensorMode, leaf: Leaf, unit: int) -> Tensor:
+    """A tensor of that shape without data; its batch dimension, if any, is ``unit``."""
+    shape = (unit, *leaf.shape) if leaf.batched else leaf.shape
+    with mode:
+        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def location(node: fx.Node) -> str:
+    """The user's own line behind a node: ``file.py:12: h = h.mean(0)``."""
+    return _user_line(node.meta.get("stack_trace") or "")
+
+
+def _user_line(stack: str) -> str:
+    lines = stack.splitlines()
+    for i in range(len(lines) - 1, -1, -1):
+        line = lines[i].strip()
+        if line.startswith('File "') and not _ours(line.split('"')[1]):
+            name, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
+            code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+            return f"{name}:{number}: {code}"
+    return "a line that was not recorded"
+
+
+def _ours(filename: str) -> bool:
+    path = filename.replace("\\", "/")
+    engine = ("/elman/compiler/", "/elman/unfold.py", "/elman/recording.py")
+    return "/torch/" in path or path.startswith("<") or any(part in path for part in engine)
+
+
+def trace(
+    function: Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor], dict[str, Tensor]]],
+    xs: Sequence[Leaf],
+    state: Sequence[Leaf],
+    weights: Sequence[Leaf],
+) -> Step:
+    """Trace ``function(xs, state, weights) -> (ys, next state, recorded)`` into a Step.
+
+    Raises DataDependentError, MutationError, CapturedTensorError or UnsupportedError, each with the user's line;
+    what the step itself raises goes through.
+    """
+    leaves = [*xs, *state, *weights]
+    dims = [n for leaf in leaves for n in leaf.shape]
+    first, second = [p for p in _PRIMES if all(n % p or not n for n in dims)][:2]
+    step = _trace_at(first, function, xs, state, weights)
+    other = _trace_at(second, function, xs, state, weights)
+    _compare(step, other)
+    _draws_become_inputs(step)
+    return step
+
+
+def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weights: Any) -> Step:
+    counts = (len(xs), len(state), len(weights))
+    names: list[str] = []
+    sizes: list[int] = []
+
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        a, b = counts[0], counts[0] + counts[1]
+        ys, new, recorded = function(list(leaves[:a]), list(leaves[a:b]), list(leaves[b:]))
+        names[:], sizes[:] = list(recorded), [len(ys), len(new)]
+        return [*ys, *new, *recorded.values()]
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [fake(mode, leaf, unit) for leaf in (*xs, *state, *weights)]
+    root = _make_fx(flat, mode, inputs)
+    if any(_mutates(node) for node in root.graph.nodes):
+        inputs = [fake(mode, leaf, unit) for leaf in (*xs, *state, *weights)]
+        root = _make_fx(torch.func.functionalize(flat, remove="mutations"), mode, inputs)
+    _check(root)
+    placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
+    outputs = list(root.graph.output_node().args[0])
+    a, b = counts[0], counts[0] + counts[1]
+    y, s = sizes
+    return Step(
+        root.graph,
+        root,
+        unit,
+        xs=placeholders[:a],
+        state=placeholders[a:b],
+        weights=placeholders[b:],
+        ys=outputs[:y],
+        next=outputs[y : y + s],
+        kept=dict(zip(names, outputs[y + s :], strict=True)),
+    )
+
+
+def _make_fx(function: Callable[..., Any], mode: FakeTensorMode, inputs: list[Tensor]) -> fx.GraphModule:
+    try:
+        with mode, torch.no_grad():
+            return make_fx(function, decomposition_table=decompositions(), record_stack_traces=True)(*inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise DataDependentError(
+            "the step takes a decision or a shape from the value of a tensor, so one program cannot hold for all "
+            f"steps, at {_raised_at(error)}. Use torch.where instead of a Python branch."
+        ) from error
+    except RuntimeError as error:
+        text = str(error)
+        if "tracing tensor" in text or "data-dependent" in text or "non-fake" in text.lower():
+            raise DataDependentError(
+                f"the step reads the value of a tensor in Python, at {_raised_at(error)}. Keep it a tensor: use "
+                "torch.where instead of a branch, and tensor operations instead of .item()."
+            ) from error
+        raise
+
+
+def _raised_at(error: BaseException) -> str:
+    return _user_line("".join(traceback.format_tb(error.__traceback__)))
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _check(root: fx.GraphModule) -> None:
+    for node in root.graph.nodes:
+        if _mutates(node):
+            target = node.args[0] if node.args else None
+            if isinstance(target, fx.Node) and target.op == "placeholder":
+                raise MutationError(
+                    f"the step changes one of its inputs or buffers in place ({node.target}), at {location(node)}. "
+                    "Return the new value as part of the state instead."
+                )
+            raise UnsupportedError(f"{node.target} changes a tensor in place, at {location(node)}.")
+        if node.op == "get_attr":
+            captured = getattr(root, str(node.target))
+            if isinstance(captured, Tensor) and captured.requires_grad:
+                raise CapturedTensorError(
+                    f"the step uses a tensor of shape {tuple(captured.shape)} that requires gradients but is not "
+                    f"a parameter of the module, at {_user_of(node)}. Register it with nn.Parameter, or pass it "
+                    "through constants=, so that its gradient is known."
+                )
+        elif node.op == "call_module":
+            raise UnsupportedError(f"the step calls a module that cannot be traced, {node.target}.")
+
+
+def _user_of(node: fx.Node) -> str:
+    return location(next(iter(node.users), node))
+
+
+def _compare(step: Step, other: Step) -> None:
+    """The two traces may differ only where both hold the same multiple of their own prime."""
+    pairs = zip(step.graph.nodes, other.graph.nodes, strict=False)
+    same = len(step.graph.nodes) == len(other.graph.nodes)
+    for mine, theirs in pairs:
+        agree = same and mine.target == theirs.target and _alike(mine, theirs, step.unit, other.unit)
+        if not agree:
+            raise UnsupportedError(
+                f"what the step does depends on the size of the batch ({mine.target}), at {location(mine)}. "
+                "Let every row be computed the same way, whatever the batch."
+            )
+
+
+def _alike(mine: fx.Node, theirs: fx.Node, unit: int, other: int) -> bool:
+    left: list[Any] = []
+    right: list[Any] = []
+    fx.node.map_aggregate((mine.args, mine.kwargs), lambda a: left.append(a) or a)
+    fx.node.map_aggregate((theirs.args, theirs.kwargs), lambda a: right.append(a) or a)
+    return len(left) == len(right) and all(_same(a, b, unit, other) for a, b in zip(left, right, strict=True))
+
+
+def _same(a: Any, b: Any, unit: int, other: int) -> bool:
+    if isinstance(a, fx.Node):
+        return isinstance(b, fx.Node) and a.name == b.name
+    if type(a) is not type(b):
+        return False
+    multiple = batch_multiple(a, unit)
+    return multiple == batch_multiple(b, other) if multiple else bool(a == b or (a != a and b != b))
+
+
+def _draws_become_inputs(step: Step) -> None:
+    """Random operations turn into placeholders, to be drawn for all steps beforehand."""
+    last = next(node for node in reversed(step.graph.nodes) if node.op == "placeholder")
+    for node in list(step.graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded not in node.target.tags:
+            continue
+        _check_draw(node, step.unit)
+        with step.graph.inserting_after(last):
+            draw = step.graph.placeholder(f"draw_{len(step.draws)}")
+        draw.meta = {"val": node.meta["val"], "draw": _recipe(node, step.unit), "stack_trace": node.meta.get("stack_trace")}
+        node.replace_all_uses_with(draw)
+        step.draws.append(draw)
+        last = draw
+        for role in (step.ys, step.next):
+            role[:] = [draw if out is node else out for out in role]
+        step.kept = {name: draw if out is node else out for name, out in step.kept.items()}
+        step.graph.erase_node(node)
+
+
+_DRAWS = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "uniform", "normal_functional", "bernoulli", "exponential"}
+
+
+def _check_draw(node: fx.Node, unit: int) -> None:
+    op = node.target
+    if op._schema.name.split("::")[1] not in _DRAWS or op is aten.bernoulli.default:  # type: ignore[union-attr]
+        raise UnsupportedError(f"{op} draws from a distribution that the step computes, at {location(node)}.")
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() == 0 or batch_multiple(value.shape[0], unit) != 1:
+        raise UnsupportedError(
+            f"{node.target} draws numbers that are shared by the rows of the batch, at {location(node)}. Draw one for "
+            "each row (shape (B, …)), or draw before the scan and pass it through constants= or xs."
+        )
+
+
+def _recipe(node: fx.Node, unit: int) -> Callable[[int, torch.device], Tensor]:
+    """A function of the number of rows that makes this draw; tensor arguments count for their shape alone."""
+    op = node.target
+    value = node.meta["val"]
+    shape, dtype, device = tuple(value.shape[1:]), value.dtype, value.device
+    named = {a.name for a in op._schema.arguments}  # type: ignore[union-attr]
+    rest = [a for a in node.args if not isinstance(a, (fx.Node, list, tuple))]
+    like = bool(node.args) and isinstance(node.args[0], fx.Node)
+    base = {"rand_like": "rand", "randn_like": "randn"}.get(op._schema.name.split("::")[1], "")  # type: ignore[union-attr]
+    values = {k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node) and k in ("low", "high", "p", "mean", "std", "from", "to", "lambd")}
+
+    def draw(rows: int, where: torch.device | None = None) -> Tensor:
+        size = (rows, *shape)
+        if base:
+            return getattr(torch, base)(size, dtype=dtype, device=where or device)
+        if like:
+            return op(torch.empty(size, dtype=dtype, device=where or device), *rest, **values)  # type: ignore[operator]
+        options = {"dtype": dtype, "device": where or device}
+        return op(*rest, list(size), **{k: v for k, v in options.items() if k in named}, **values)  # type: ignore[operator]
+
+    return draw
+
+
+def perturb(step: Step) -> None:
+    """Add to every state leaf, right where it is computed, a further input: its gradient is the total adjoint."""
+    for i, node in enumerate(list(step.next)):
+        if not node.meta["val"].is_floating_point():
+            continue
+        node = step.next[i]
+        before = step.xs[-1]
+        with step.graph.inserting_after(before):
+            extra = step.graph.placeholder(f"perturb_{i}")
+        extra.meta = dict(node.meta)
+        where = node if node.op == "call_function" else next(n for n in reversed(step.graph.nodes) if n.op != "output")
+        with step.graph.inserting_after(where):
+            total = step.graph.call_function(aten.add.Tensor, (node, extra))
+        total.meta = dict(node.meta)
+        if node.op == "call_function":
+            node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+            step.ys = [total if y is node else y for y in step.ys]
+            step.kept = {name: total if n is node else n for name, n in step.kept.items()}
+            step.next = [total if n is node else n for n in step.next]
+        step.next[i] = total
+        step.kept[f"state {i}"] = total
+        step.xs.append(extra)
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Errors of PyTorch inside a pass become UnsupportedError; elman's own go through."""
+    try:
+        yield
+    except ElmanError:
+        raise
+    except (RuntimeError, NotImplementedError, AssertionError, IndexError) as error:
+        raise UnsupportedError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+

@@ -1,0 +1,62 @@
+"""Where and how numbers are computed: device, threads, seed, precision, cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, Machine
+from .errors import OptionError
+
+__all__ = ["autocast", "cache_directory", "prepare", "resolve"]
+
+
+def resolve(config: Config) -> Config:
+    """``config`` with 'auto' and defaults replaced by what this machine gives, so that a run can record them.
+
+    Raises OptionError for a device that torch does not know or this machine does not have.
+    """
+    machine = config.machine
+    changes = {"device": _device(machine.device), "threads": machine.threads or torch.get_num_threads()}
+    return config.model_copy(update={"machine": machine.model_copy(update=changes)})
+
+
+def prepare(machine: Machine) -> torch.device:
+    """Set the number of threads and the seed of torch; the device to compute on."""
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    torch.manual_seed(machine.seed)
+    return torch.device(_device(machine.device))
+
+
+def autocast(machine: Machine, device: torch.device) -> Any:
+    """The context in which the forward pass runs: autocast to bfloat16, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=machine.precision == "bf16")
+
+
+def cache_directory() -> Path:
+    """Where tokenised texts are kept: $ELMAN_CACHE, else $XDG_CACHE_HOME/elman, else ~/.cache/elman."""
+    own = os.environ.get("ELMAN_CACHE")
+    if own:
+        return Path(own)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "elman"
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        kinds = ["auto", "cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        if name.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+            raise OptionError.unknown("device", name, kinds) from error
+        raise OptionError(
+            f"device {name!r} is not available on this machine; use one of {', '.join(kinds)}."
+        ) from error
+    return name

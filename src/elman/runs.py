@@ -1,0 +1,162 @@
+"""A whole run, from settings to the figures on held-out text: start one, continue one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import RunDirectory, read_json, write_json
+from .config import Config, override
+from .errors import RunError
+from .machine import cache_directory, prepare, resolve
+from .metrics import bits, n_gram, unigram
+from .progress import Reporter
+from .tasks.language_model import (
+    Corpus,
+    LanguageModelling,
+    TrainedLanguageModel,
+    build_model,
+    open_corpus,
+    store_corpus,
+)
+from .train import Outcome, Trainer, load_checkpoint
+
+__all__ = ["resume", "start"]
+
+CHANGEABLE = ("budget", "optim", "report")
+"""Sections whose settings may change when a run is continued."""
+
+COUNTABLE = 5_000_000
+"""Most training symbols for which the baselines are counted: they take about 200 bytes each."""
+
+
+def start(config: Config, out: Path, reporter: Reporter, *, overwrite: bool = False) -> dict[str, Any]:
+    """Train from the beginning into the new run directory ``out``; the result, as in its result.json.
+
+    Whatever is wrong with settings or data is found before the directory is made. Raises ElmanError of the
+    kind that fits: OptionError, DataError, RunError, TrainingError.
+    """
+    RunDirectory.check_free(out, overwrite=overwrite)
+    config = _absolute(resolve(config))
+    corpus = open_corpus(config.data, cache_directory())
+    task = _task(config, corpus)
+    run = RunDirectory.create(out, config, overwrite=overwrite)
+    with run.lock():
+        store_corpus(corpus, run)
+        return _fit(Trainer(task, run, config, reporter), corpus)
+
+
+def resume(
+    path: Path,
+    changes: Sequence[Mapping[str, Any]],
+    reporter: Reporter,
+    *,
+    which: str | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Continue a run from its checkpoint 'last' (or ``which``), with some settings changed.
+
+    A run that spent its budget is only continued when ``changes`` give it a larger one; otherwise its
+    result is returned, with ``"already": True``. Raises RunError when it cannot be continued.
+    """
+    run = RunDirectory.open(path)
+    own = run.trusted_cell(trust)
+    with run.lock():
+        config = override(run.config(), *changes, sections=CHANGEABLE)
+        corpus = open_corpus(config.data, cache_directory(), run)
+        task = _task(config, corpus, own)
+        trainer = Trainer(task, run, config, reporter)
+        if run.last_file.exists() or which is not None:
+            trainer.restore(which or "last")
+        store_corpus(corpus, run)
+        if changes:
+            run.write_config(config, run.cell())
+        progress = trainer.progress
+        if which is None and progress.finished is not None and not changes:
+            if run.result_file.exists():
+                return read_json(run.result_file) | {"already": True}
+            return _finish(trainer, corpus, trainer.outcome()) | {"already": True}
+        if changes and config.budget.steps is not None and progress.step >= config.budget.steps:
+            raise RunError(
+                f"{run.path} stands at step {progress.step:,} already, so a budget of "
+                f"{config.budget.steps:,} steps is spent. Give more, for example: "
+                f"elman resume {run.path} --steps {2 * progress.step}"
+            )
+        if changes:
+            progress.stale = 0
+        return _fit(trainer, corpus)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run has spent its budget or lost its patience."""
+    run = RunDirectory.open(path)
+    return run.last_file.exists() and load_checkpoint(run)[1]["progress"]["finished"] is not None
+
+
+def _task(config: Config, corpus: Corpus, own_cell: str | None = None) -> LanguageModelling:
+    device = prepare(config.machine)
+    settings = config.model if own_cell is None else config.model.model_copy(update={"cell": own_cell})
+    return LanguageModelling(config, corpus, build_model(settings, corpus.tokenizer.vocab_size), device)
+
+
+def _fit(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
+    run, reporter, data = trainer.run, trainer.reporter, corpus.facts["train"]
+    parameters = sum(p.numel() for p in trainer.task.model.parameters())
+    reporter.note(
+        f"{run.path}: {parameters:,} parameters; {len(corpus.train):,} symbols to train on, "
+        f"{corpus.tokenizer.vocab_size} different; text {data['sha256'][:12]}"
+    )
+    try:
+        outcome = trainer.fit()
+    finally:
+        reporter.close()
+    if outcome.reason == "interrupted":
+        return _summary(trainer, outcome)
+    return _finish(trainer, corpus, outcome)
+
+
+def _finish(trainer: Trainer, corpus: Corpus, outcome: Outcome) -> dict[str, Any]:
+    """Evaluate the best weights on the test text, and write result.json."""
+    model = TrainedLanguageModel.load(trainer.run, trust=True, device=str(trainer.config.machine.device))
+    result = _summary(trainer, outcome) | {"test": model.evaluate(corpus.test).to_json()}
+    if len(corpus.train) <= COUNTABLE:
+        result["baselines"] = _baselines(corpus)
+    write_json(trainer.run.result_file, result)
+    return result
+
+
+def _baselines(corpus: Corpus) -> dict[str, float]:
+    """Bits per character on the test text of two models that are counted on the training text."""
+    size, test = corpus.tokenizer.vocab_size, corpus.test
+    characters, _ = corpus.tokenizer.counts(test[1:])
+    per_character = (len(test) - 1) / max(1, characters)
+    return {
+        "unigram": bits(unigram(corpus.train, test, size)) * per_character,
+        "order-5 back-off": bits(n_gram(corpus.train, test, size, 5)) * per_character,
+    }
+
+
+def _summary(trainer: Trainer, outcome: Outcome) -> dict[str, Any]:
+    best = outcome.best_loss
+    return {
+        "run": str(trainer.run.path),
+        "ended": outcome.reason,
+        "steps": outcome.step,
+        "best_step": outcome.best_step,
+        "valid_nats_per_token": best,
+        "valid_bits_per_character": None if best is None else trainer.task.bits(best, "valid"),
+        "skipped": outcome.skipped,
+        "seconds": round(outcome.seconds, 3),
+    }
+
+
+def _absolute(config: Config) -> Config:
+    """File names that stay true wherever the run is continued from."""
+
+    def full(name: str | None) -> str | None:
+        return None if name is None else str(Path(name).absolute())
+
+    files = tuple(str(Path(file).absolute()) for file in config.data.files)
+    changes = {"files": files, "valid": full(config.data.valid), "test": full(config.data.test)}
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})

@@ -1,0 +1,373 @@
+"""Language modelling on text files: the corpus, what a training step is, and the trained model in use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from ..batch import Streams, evaluation_windows
+from ..cells import make_cell
+from ..checkpoint import RunDirectory, load_tensors, read_json, write_json
+from ..config import Config, Data, Model
+from ..decode import Sampler, generate
+from ..errors import DataError, RunError
+from ..machine import autocast, cache_directory
+from ..metrics import Loss, bits
+from ..networks import LanguageModel
+from ..networks.language_model import output_width
+from ..text import StreamDecoder, Tokenizer, Tokens, split, tokenise, write_default_text
+from ..types import State
+
+__all__ = [
+    "Corpus",
+    "LanguageModelling",
+    "TrainedLanguageModel",
+    "build_model",
+    "evaluate",
+    "open_corpus",
+]
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Ids of the three parts of a text, and what is known about its files."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+    facts: dict[str, Any]
+
+
+def open_corpus(data: Data, cache: Path, run: RunDirectory | None = None) -> Corpus:
+    """The text that ``data`` names, tokenised (once per content) under ``cache`` and cut in three parts.
+
+    Without files of their own, validation and test are the last blocks of the training text. With a
+    validation file but no test file, the test is the validation file too. A ``run`` that already has a
+    tokenizer and the hash of its text keeps them: RunError when the text is no longer the same. DataError
+    for unusable files.
+    """
+    files = [Path(file) for file in data.files] or [write_default_text(cache)]
+    known = run is not None and run.tokenizer_file.exists()
+    if known and run is not None:
+        tokenizer = Tokenizer.from_json(read_json(run.tokenizer_file))
+    else:
+        tokenizer = Tokenizer.build(data.tokens, files)
+    tokens = tokenise(files, tokenizer, cache)
+    own = {name: _own(file, tokenizer, cache) for name, file in (("valid", data.valid), ("test", data.test))}
+    valid, test = own["valid"], own["test"]
+    parts = split(
+        tokens,
+        0.0 if valid is not None else data.valid_fraction,
+        0.0 if valid is not None or test is not None else data.test_fraction,
+    )
+    facts = {"train": _facts(tokens)} | {name: _facts(part) for name, part in own.items() if part is not None}
+    if known and run is not None and run.data_file.exists():
+        _check_same(run, facts)
+    valid_ids = parts.valid if valid is None else valid.ids
+    test_ids = test.ids if test is not None else (parts.test if valid is None else valid_ids)
+    for name, ids, needed in (("validation", valid_ids, 2), ("test", test_ids, 2)):
+        if len(ids) < needed:
+            raise DataError(
+                f"the {name} text has {len(ids)} symbols and needs at least {needed}: give a longer one."
+            )
+    return Corpus(tokenizer, parts.train, valid_ids, test_ids, facts)
+
+
+def store_corpus(corpus: Corpus, run: RunDirectory) -> None:
+    """Keep tokenizer and hashes of the text in the run."""
+    write_json(run.tokenizer_file, corpus.tokenizer.to_json())
+    write_json(run.data_file, corpus.facts)
+
+
+def build_model(settings: Model, vocab_size: int) -> LanguageModel:
+    """The network that ``settings`` describe, freshly drawn.
+
+    Raises OptionError for an unknown cell or option of it.
+    """
+    width = settings.embedding or settings.hidden
+    below, cells = width, list[nn.Module]()
+    for _ in range(settings.layers):
+        cells.append(make_cell(settings.cell, below, settings.hidden, **settings.cell_options))
+        below = output_width(cells[-1], below)
+    return LanguageModel(
+        vocab_size,
+        width,
+        cells,
+        dropout_input=settings.dropout_input,
+        dropout_between=settings.dropout_between,
+        dropout_output=settings.dropout_output,
+        tie=settings.tie,
+    )
+
+
+class LanguageModelling:
+    """The training task: predict each symbol of contiguous streams, state carried from window to window.
+
+    ``loss = −(1/N) Σ log p(x(t+1) | x(1..t))`` in nats per symbol, gradients truncated at the windows.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, model: LanguageModel, device: torch.device) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.model = model.to(device)
+        self.device = device
+        self.streams = Streams(corpus.train, config.data.batch, config.data.window, device=device)
+        self.steps_per_epoch = self.streams.windows_per_epoch
+        self._state: State = None
+        self._bits = {
+            part: _bits_per_nat(corpus.tokenizer, ids[1:])
+            for part, ids in (("train", corpus.train), ("valid", corpus.valid))
+        }
+
+    def next_loss(self) -> tuple[Tensor, int]:
+        self.model.train()
+        window = self.streams.next()
+        before = None if window.fresh else self._state
+        with autocast(self.config.machine, self.device):
+            logits, after = self.model(window.inputs, before)
+        self._state = pytree.tree_map_only(Tensor, Tensor.detach, after)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), window.targets.flatten())
+        return loss, window.targets.numel()
+
+    def forget(self) -> None:
+        self._state = None
+
+    def validate(self, most: int) -> float:
+        ids = self.corpus.valid[: most + 1]
+        nats, symbols = evaluate(self.model, ids, self.config, self.device)
+        return nats / symbols
+
+    def bits(self, loss: float, part: str) -> float:
+        return loss * self._bits[part]
+
+    def sample(self, length: int, step: int) -> str:
+        self.model.eval()
+        tokenizer = self.corpus.tokenizer
+        generator = torch.Generator().manual_seed(self.config.machine.seed + step)
+        ids = generate(
+            closed_step(self.model, tokenizer),
+            [start_id(tokenizer, self.corpus.train)],
+            length,
+            Sampler(temperature=SAMPLE_TEMPERATURE),
+            generator=generator,
+            device=self.device,
+        )
+        return tokenizer.decode([int(drawn) for drawn in ids])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        leaves = [] if self._state is None else pytree.tree_leaves(self._state)
+        tensors = {f"state.{index}": leaf for index, leaf in enumerate(leaves)}
+        return tensors, {"streams": self.streams.state_dict(), "carried": self._state is not None}
+
+    def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.streams.load_state_dict(facts["streams"])
+        self._state = None
+        if facts["carried"]:
+            _, spec = pytree.tree_flatten(self.model.initial_state(self.config.data.batch))
+            leaves = [tensors[f"state.{index}"].to(self.device) for index in range(len(tensors))]
+            self._state = pytree.tree_unflatten(leaves, spec)
+
+
+@dataclass(frozen=True)
+class TrainedLanguageModel:
+    """A trained language model with its tokenizer, ready to use; ``step`` says after how much training."""
+
+    run: RunDirectory
+    model: LanguageModel
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+
+    @classmethod
+    def load(cls, run: RunDirectory, *, trust: bool = False, device: str = "cpu") -> TrainedLanguageModel:
+        """The best weights of a run; those of its last checkpoint when it has not been validated yet.
+
+        Raises RunError for a run that is damaged, without weights, or with its own cell and not trusted.
+        """
+        config = run.config()
+        tokenizer = Tokenizer.from_json(read_json(run.tokenizer_file))
+        tensors, facts = load_weights(run)
+        own = run.trusted_cell(trust)
+        settings = config.model if own is None else config.model.model_copy(update={"cell": own})
+        model = build_model(settings, tokenizer.vocab_size)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise RunError(f"the weights in {run.path} do not fit its settings: {error}.") from error
+        return cls(run, model.to(device).eval(), tokenizer, config, facts["step"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    def stream(
+        self,
+        prompt: str = "",
+        length: int = 200,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        n: int = 1,
+    ) -> Iterator[list[str]]:
+        """Continuations of ``prompt`` as they are drawn: after each symbol the new text of each of the ``n``.
+
+        The pieces of one continuation joined are its text, without the prompt. An empty prompt starts as
+        after a line end. Raises OptionError for impossible options.
+        """
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        drawn = generate(
+            closed_step(self.model, self.tokenizer),
+            self.tokenizer.encode(prompt).astype(np.int64),
+            length,
+            sampler,
+            n=n,
+            generator=generator,
+            start=start_id(self.tokenizer),
+            device=self.device,
+        )
+        decoders = [StreamDecoder(self.tokenizer) for _ in range(n)]
+
+        def pieces() -> Iterator[list[str]]:
+            for ids in drawn:
+                yield [decoder.feed(int(id)) for decoder, id in zip(decoders, ids.tolist(), strict=True)]
+            rest = [decoder.finish() for decoder in decoders]
+            if any(rest):
+                yield rest
+
+        return pieces()
+
+    def generate(self, prompt: str = "", length: int = 200, *, n: int = 1, **options: Any) -> list[str]:
+        """``n`` continuations of ``prompt`` as whole texts; options as for ``stream``."""
+        texts = [""] * n
+        for pieces in self.stream(prompt, length, n=n, **options):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
+
+    def corpus(self, cache: Path | None = None) -> Corpus:
+        """The text that the model was trained on, with its held-out parts. RunError when it is no longer
+        the same."""
+        return open_corpus(self.config.data, cache or cache_directory(), self.run)
+
+    def evaluate(self, ids: np.ndarray) -> Loss:
+        """How well the model predicts a tokenised text (N,), all but its first symbol.
+
+        An unknown symbol counts as one symbol, whatever character it stands for: figures of a text with
+        many of them flatter.
+        """
+        nats, symbols = evaluate(self.model, ids, self.config, self.device)
+        characters, size = self.tokenizer.counts(ids[1:])
+        return Loss(nats, symbols, characters, size)
+
+    def score(self, ids: np.ndarray) -> np.ndarray:
+        """−log p in nats of each symbol of a tokenised text given all before it, (N − 1,)."""
+        window = self.config.data.window
+        return torch.cat(
+            [costs.flatten() for costs in _costs(self.model, ids, 1, window, self.device)]
+        ).numpy()
+
+
+def evaluate(
+    model: LanguageModel, ids: np.ndarray, config: Config, device: torch.device
+) -> tuple[float, int]:
+    """Nats and number of predicted symbols of ids (N,): N − 1 of them, in parallel streams with carried
+    state."""
+    nats, symbols = 0.0, 0
+    with autocast(config.machine, device):
+        for costs in _costs(model, ids, config.data.batch, config.data.window, device):
+            nats += float(costs.sum(dtype=torch.float64))
+            symbols += costs.numel()
+    return nats, symbols
+
+
+def load_weights(run: RunDirectory) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights to use, and facts with their ``step``: the best, or the last while there are no best ones."""
+    if run.model_file.exists() or not run.last_file.exists():
+        return load_tensors(run.model_file)
+    tensors, facts = load_tensors(run.last_file)
+    weights = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+    return weights, facts["progress"]
+
+
+def closed_step(model: LanguageModel, tokenizer: Tokenizer) -> Any:
+    """The model's step for decoding: begins with its own initial state and never draws the unknown symbol."""
+
+    def step(ids: Tensor, state: State) -> tuple[Tensor, State]:
+        if state is None:
+            state = model.initial_state(len(ids))
+        logits, state = model.step(ids, state)
+        if tokenizer.kind == "char":
+            logits = logits.index_fill(1, torch.zeros(1, dtype=torch.int64, device=logits.device), -math.inf)
+        return logits, state
+
+    return step
+
+
+def start_id(tokenizer: Tokenizer, ids: np.ndarray | None = None) -> int:
+    """The symbol that stands before a text of its own: a line end, or the most ordinary symbol there is."""
+    newline = int(tokenizer.encode("\n")[0])
+    if newline or tokenizer.kind == "byte":
+        return newline
+    space = int(tokenizer.encode(" ")[0])
+    return space or (int(ids[0]) if ids is not None else 1)
+
+
+def _costs(
+    model: LanguageModel, ids: np.ndarray, batch: int, window: int, device: torch.device
+) -> Iterator[Tensor]:
+    """−log p of the targets of each window, (T, B)."""
+    model.eval()
+    state: State = None
+    with torch.no_grad():
+        for part in evaluation_windows(ids, batch, window, device=device):
+            logits, state = model(part.inputs, None if part.fresh else state)
+            flat = F.cross_entropy(logits.flatten(0, 1).float(), part.targets.flatten(), reduction="none")
+            yield flat.view(part.targets.shape)
+
+
+def _bits_per_nat(tokenizer: Tokenizer, ids: np.ndarray) -> float:
+    """What turns nats per symbol of this text into bits per character."""
+    characters, _ = tokenizer.counts(ids)
+    return bits(len(ids) / max(1, characters))
+
+
+def _own(file: str | None, tokenizer: Tokenizer, cache: Path) -> Tokens | None:
+    return None if file is None else tokenise([file], tokenizer, cache)
+
+
+def _facts(tokens: Tokens) -> dict[str, Any]:
+    return {
+        "files": [str(file) for file in tokens.files],
+        "sha256": tokens.sha256,
+        "characters": tokens.characters,
+        "bytes": tokens.bytes,
+        "tokens": len(tokens.ids),
+        "unknown": tokens.unknown,
+    }
+
+
+def _check_same(run: RunDirectory, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    stored = read_json(run.data_file)
+    for part, described in facts.items():
+        before = stored.get(part, {}).get("sha256")
+        if before != described["sha256"]:
+            names = ", ".join(described["files"])
+            raise RunError(
+                f"the {part} text of {run.path} has changed: {names} had SHA-256 {str(before)[:16]}… "
+                f"when the run began and has {described['sha256'][:16]}… now. Restore the text, or start "
+                f"a new run."
+            )
