@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from beartype import beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -13,10 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def checked_modules() -> list[str]:
-    """The modules of elman that use jaxtyping, whose annotations are therefore checked at every call.
+    """The modules of elman that say shapes with jaxtyping.
 
-    The others stay as they are: a checked function costs about 20 µs a call, and torch.compile cannot look
-    through it, so code that ends up inside someone's compiled model must not be wrapped.
+    The others stay as they are: torch.compile cannot look through a checked call, and it costs about 20 µs.
     """
     source = ROOT / "src"
     return [
@@ -26,7 +28,13 @@ def checked_modules() -> list[str]:
     ]
 
 
-install_import_hook(checked_modules(), "beartype.beartype")
+def check_shapes(function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+    """beartype, for functions that say a shape; the rest check their arguments themselves, for their users."""
+    says_shapes = any("jaxtyping." in str(hint) for hint in function.__annotations__.values())
+    return beartype(function) if says_shapes else function
+
+
+install_import_hook(checked_modules(), "conftest.check_shapes")
 
 import torch  # noqa: E402  (the hook has to be in place before elman, and whatever imports it, is loaded)
 

@@ -56,7 +56,7 @@ STAGES = [
     "tasks train",
     "runs",
     "inspect doctor",
-    "cli __main__ demo",
+    "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(STAGES) for name in names.split()}
 

@@ -27,7 +27,7 @@ NOT_RUN = ("git clone ", "cd ", "scripts/install", "scripts/test", "scripts/benc
 CUTS = [
     (re.compile(r"--(minutes|epochs|steps) \S+"), "--steps 3"),
     (re.compile(r"--hidden \S+"), "--hidden 8"),
-    (re.compile(r"^scripts/demo$"), f"{ROOT}/scripts/demo --out demo-run --steps 3 --hidden 8"),
+    (re.compile(r"^scripts/demo$"), f"{ROOT}/scripts/demo demo-run --steps 3 --hidden 8"),
 ]
 SENTENCE = "It was the best of times, it was the worst of times, it was the age of wisdom.\n"
 
@@ -103,6 +103,8 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     for file in ("book.txt", "more/second.txt", "held_out.txt"):
         (tmp_path / file).write_text(SENTENCE * 200, encoding="utf-8")
+    programs = [text for language, text, _ in blocks(page) if language == "python"]
+    (tmp_path / "cell.py").write_text("".join(programs[:1]), encoding="utf-8")
     binaries = Path(sys.executable).parent
     environment = os.environ | {
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",

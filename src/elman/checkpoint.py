@@ -262,7 +262,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies, because a tensor in the mapped file starts at any byte, and how some kernels round
+            # depends on the alignment of their operands: a resumed run would differ in the last bit.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(metadata["elman"])
         text, digest = header["facts"], header["sha256"]
         facts = json.loads(text)

@@ -3,6 +3,7 @@ this order."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -268,6 +269,10 @@ def _explain(error: ValidationError) -> str:
     parts = []
     for detail in error.errors():
         place = ".".join(str(key) for key in detail["loc"])
+        if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+            known = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+            parts.append(str(OptionError.unknown(f"value of {place}", detail["input"], known)))
+            continue
         expected = detail["msg"][0].lower() + detail["msg"][1:]
         parts.append(f"{place} was given {detail['input']!r}: {expected}.")
     return " ".join(parts)

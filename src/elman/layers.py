@@ -131,7 +131,7 @@ def _packed(layer: _Unfolded, input: PackedSequence, hx: Any, lengths: object) -
         )  # torch.nn.LSTM alone does not check this beforehand
     hx = _zeros(layer, data, sizes[0]) if hx is None else layer.permute_hidden(hx, order)
     layer.check_forward_args(data, hx, batch_sizes)
-    ys, final = _unfold_layers(layer, data, Rows(sizes, sizes[0]), hx)
+    ys, final = _unfold_layers(layer, data, Rows.packed(sizes, sizes[0]), hx)
     return PackedSequence(ys, batch_sizes, order, restore), layer.permute_hidden(final, restore)
 
 

@@ -12,7 +12,7 @@ stands in the padding, NaN included, is never read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -25,35 +25,43 @@ __all__ = ["Rows", "rows_of"]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The layout of a batch: how many sequences run at each step.
+    """The layout of a batch of sequences over ``steps`` steps.
 
-    ``batch_sizes`` never increases; ``batch`` is the number of sequences, those of length 0 included.
-    ``gather`` (N,) says which row of the padded, flattened (T·B, …) tensor stands in each packed row, and
-    ``order`` (B,) which sequence each sorted one is; both are None when all sequences have the full length.
+    ``sizes`` says how many sequences run at each step, never more than at the step before; None stands for all of
+    them at every step. ``gather`` (N,) says which row of the padded, flattened (T·B, …) tensor stands in each packed
+    row, and ``order`` (B,) which sequence each sorted one is; both are None when nothing is padded or sorted.
     """
 
-    batch_sizes: tuple[int, ...]
+    steps: int
     batch: int
+    sizes: tuple[int, ...] | None = None
     gather: Tensor | None = None
     order: Tensor | None = None
+
+    @classmethod
+    def packed(cls, sizes: tuple[int, ...], batch: int) -> Rows:
+        """The layout of a PackedSequence with these batch sizes."""
+        return cls(len(sizes), batch, None if all(size == batch for size in sizes) else sizes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every sequence runs at every step."""
+        return self.sizes is None
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return self.steps * self.batch if self.sizes is None else self.offsets[-1]
+
+    @cached_property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """(T) how many sequences run at each step."""
+        return (self.batch,) * self.steps if self.sizes is None else self.sizes
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """(T + 1) first packed row of every step; the last entry is N."""
         return (0, *accumulate(self.batch_sizes))
-
-    @cached_property
-    def uniform(self) -> bool:
-        """Whether every sequence runs at every step."""
-        return all(size == self.batch for size in self.batch_sizes)
-
-    @property
-    def steps(self) -> int:
-        return len(self.batch_sizes)
-
-    @property
-    def total(self) -> int:
-        return self.offsets[-1]
 
     def pack(self, padded: Tensor) -> Tensor:
         """(T, B, …) to (N, …)."""
@@ -80,7 +88,7 @@ class Rows:
 
     def chunk(self, first: int, last: int) -> Rows:
         """The layout of steps ``first`` to ``last`` alone."""
-        return Rows(self.batch_sizes[first:last], self.batch)
+        return Rows.packed(self.batch_sizes[first:last], self.batch)
 
     @cached_property
     def sequence(self) -> Tensor:
@@ -109,18 +117,13 @@ class Rows:
         return last
 
 
-@lru_cache(maxsize=256)
-def _uniform(steps: int, batch: int) -> Rows:
-    return Rows((batch,) * steps, batch)
-
-
 def rows_of(steps: int, batch: int, lengths: Tensor | list[int] | None = None) -> Rows:
     """The layout of ``batch`` sequences padded to ``steps``, with their lengths (B,) if they differ.
 
     Raises InputError when lengths are not B integers between 0 and T.
     """
     if lengths is None:
-        return _uniform(steps, batch)
+        return Rows(steps, batch)
     given = torch.as_tensor(lengths)
     if given.dim() != 1 or given.numel() != batch or given.is_floating_point() or given.dtype == torch.bool:
         raise InputError(
@@ -133,8 +136,10 @@ def rows_of(steps: int, batch: int, lengths: Tensor | list[int] | None = None) -
             f"lengths must lie between 0 and T = {steps}; got {int(host.min())} to {int(host.max())}. "
             "Pad xs to the longest sequence, or cut the lengths."
         )
+    if bool((host == steps).all()):
+        return Rows(steps, batch)
     ordered, order = torch.sort(host, descending=True, stable=True)
     running = torch.arange(steps).unsqueeze(1) < ordered  # (T, B)
     gather = (torch.arange(steps).unsqueeze(1) * batch + order)[running]
     sizes = tuple(running.sum(1).tolist())
-    return Rows(sizes, batch, gather.to(device), order.to(device))
+    return Rows(steps, batch, sizes, gather.to(device), order.to(device))

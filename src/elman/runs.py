@@ -20,7 +20,7 @@ from .tasks.language_model import (
     open_corpus,
     store_corpus,
 )
-from .train import Outcome, Trainer, load_checkpoint
+from .train import Outcome, Trainer
 
 __all__ = ["resume", "start"]
 
@@ -70,28 +70,22 @@ def resume(
         if run.last_file.exists() or which is not None:
             trainer.restore(which or "last")
         store_corpus(corpus, run)
-        if changes:
-            run.write_config(config, run.cell())
         progress = trainer.progress
         if which is None and progress.finished is not None and not changes:
             if run.result_file.exists():
                 return read_json(run.result_file) | {"already": True}
+            trainer.draw()
             return _finish(trainer, corpus, trainer.outcome()) | {"already": True}
-        if changes and config.budget.steps is not None and progress.step >= config.budget.steps:
+        if progress.finished is not None and trainer.fraction() >= 1.0:
             raise RunError(
-                f"{run.path} stands at step {progress.step:,} already, so a budget of "
-                f"{config.budget.steps:,} steps is spent. Give more, for example: "
+                f"{run.path} stands at step {progress.step:,} after {progress.seconds / 60:.1f} minutes, so "
+                f"its budget is spent. Give a larger one, for example: "
                 f"elman resume {run.path} --steps {2 * progress.step}"
             )
         if changes:
+            run.write_config(config, run.cell())
             progress.stale = 0
         return _fit(trainer, corpus)
-
-
-def is_finished(path: Path) -> bool:
-    """Whether the run has spent its budget or lost its patience."""
-    run = RunDirectory.open(path)
-    return run.last_file.exists() and load_checkpoint(run)[1]["progress"]["finished"] is not None
 
 
 def _task(config: Config, corpus: Corpus, own_cell: str | None = None) -> LanguageModelling:

@@ -174,22 +174,28 @@ class Trainer:
         progress.finished = None
         self._clock = self._saved = self._drawn = time.monotonic()
         self._log_mark = (progress.symbols, self._clock)
-        self._validations = math.floor(self._fraction() * VALIDATIONS)
-        self.reporter.start(progress.step, self._fraction())
+        self._validations = math.floor(self.fraction() * VALIDATIONS)
+        self.reporter.start(progress.step, self.fraction())
         if progress.step == 0:
             self.save()
         with stop_on_signal() as stop:
-            while not stop and self._fraction() < 1.0 and progress.finished is None:
+            while not stop and progress.finished is None:
                 self._step()
-                if self._validation_due():
+                if self.fraction() >= 1.0:
+                    progress.finished = "budget"
+                if progress.finished is not None or self._validation_due():
                     self._validate()
                 elif time.monotonic() - self._saved >= self.config.report.save_seconds:
                     self._save_if_sound()
-            if progress.finished is None and self._fraction() >= 1.0:
-                progress.finished = "budget"
-            self._save_if_sound()
-        draw_losses(self.run.metrics_file, self.run.picture_file)
+            if stop:
+                self._save_if_sound()
+        self.draw()
         return self.outcome()
+
+    def draw(self) -> None:
+        """Draw the loss curve."""
+        draw_losses(self.run.metrics_file, self.run.picture_file)
+        self._drawn = time.monotonic()
 
     def outcome(self) -> Outcome:
         """How the run stands, as an end."""
@@ -199,7 +205,7 @@ class Trainer:
 
     def _step(self) -> None:
         progress, settings = self.progress, self.config.optim
-        rate = learning_rate(settings, progress.step, self._fraction())
+        rate = learning_rate(settings, progress.step, self.fraction())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, symbols = self.task.next_loss()
@@ -261,12 +267,10 @@ class Trainer:
         self._log_mark = (progress.symbols, now)
 
     def _validation_due(self) -> bool:
-        fraction, every = self._fraction(), self.config.report.validate_every
-        if fraction >= 1.0:
-            return True
+        every = self.config.report.validate_every
         if every is not None:
             return self.progress.step % every == 0
-        due = math.floor(fraction * VALIDATIONS)
+        due = math.floor(self.fraction() * VALIDATIONS)
         if due > self._validations:
             self._validations = due
             return True
@@ -296,18 +300,17 @@ class Trainer:
         if patience is not None and progress.stale >= patience:
             progress.finished = "patience"
         if finite:
-            self._save_if_sound()
-        if better and progress.skipped_in_row == 0:
+            self.save()
+        if better:
             self._save_best()
         if time.monotonic() - self._drawn >= DRAW_SECONDS:
-            draw_losses(self.run.metrics_file, self.run.picture_file)
-            self._drawn = time.monotonic()
+            self.draw()
 
     def _sample_due(self) -> bool:
         """With every fifth validation and the last one, if at all."""
         every = self.config.report.validate_every
         number = self._validations if every is None else self.progress.step // every
-        return self.config.report.sample > 0 and (number % 5 == 0 or self._fraction() >= 1.0)
+        return self.config.report.sample > 0 and (number % 5 == 0 or self.progress.finished is not None)
 
     def _save_if_sound(self) -> None:
         """Save, unless the last step was skipped: what is on disk is then the better place to continue
@@ -330,7 +333,7 @@ class Trainer:
     def _elapsed(self) -> float:
         return self.progress.seconds + time.monotonic() - self._clock
 
-    def _fraction(self) -> float:
+    def fraction(self) -> float:
         """The share of the budget that is spent."""
         budget = self.config.budget
         if budget.minutes is not None:
@@ -349,7 +352,7 @@ class Trainer:
         return Snapshot(
             step=self.progress.step,
             total=None if self.config.budget.minutes is not None else self.total_steps,
-            fraction=min(1.0, self._fraction()),
+            fraction=min(1.0, self.fraction()),
             loss=loss,
             bits=self.task.bits(loss, "train"),
             norm=norm,

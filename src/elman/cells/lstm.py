@@ -23,22 +23,18 @@ class LSTMCell(GatedCell):
         q = σ(U_q x + b_q + W_q h⁻ + b'_q + p_q ⊙ s)
         h = tanh(s) ⊙ q,  with a projection h = R (tanh(s) ⊙ q)
 
-    x (B, D), state (h (B, P), s (B, H)), output h (B, P), P = proj_size or else H. Gates are stacked input
-    g, forget f, candidate, output q: ``weight_ih`` (4H, D), ``weight_hh`` (4H, P), ``bias_ih`` and
-    ``bias_hh`` (4H), R ``weight_hr`` (P, H), as in torch.nn. ``peepholes`` adds the terms in p,
-    ``weight_peephole`` (3, H), rows input, forget, output (which sees the new s). ``forget_bias`` is b_f +
-    b'_f at the start, None leaves it as ``init`` draws it. Keywords: ``squash`` (φ), ``bias``, ``init``,
-    ``device``, ``dtype``. Records "input", "forget", "candidate", "output" and "cell", which is s.
-
-    Raises OptionError for an unknown name or an impossible size or bias. Sources: Hochreiter and
-    Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000 (forget gate); Gers and Schmidhuber 2000
+    x (B, D), state (h (B, P), s (B, H)), output h (B, P); P = proj_size or else H. As in torch.nn, gates are
+    stacked input g, forget f, candidate, output q: ``weight_ih`` (4H, D), ``weight_hh`` (4H, P), ``bias_ih``,
+    ``bias_hh`` (4H); R is ``weight_hr`` (P, H). ``peepholes`` adds the terms in p: ``weight_peephole`` (3, H)
+    for input, forget and output, which sees the new s. ``forget_bias`` is b_f + b'_f at the start; None: as
+    ``init`` draws it. Keywords: ``squash`` (φ), ``bias``, ``init``, ``device``, ``dtype``. Records "input",
+    "forget", "candidate", "output" and "cell", which is s. Raises OptionError for an impossible option.
+    Sources: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (forget gate); Gers and Schmidhuber 2000
     (peepholes); Sak et al. 2014 (projection); Jozefowicz et al. 2015 (forget_bias=1).
     """
 
     gates = ("input", "forget", "candidate", "output")
     shown = ("peepholes", "proj_size", "forget_bias")
-    weight_hr: nn.Parameter | None
-    weight_peephole: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,9 +48,9 @@ class LSTMCell(GatedCell):
     ) -> None:
         super().__init__(input_size, hidden_size, proj_size, **common)
         self.peepholes, self.proj_size, self.forget_bias = peepholes, proj_size, forget_bias
-        empty = self.weight_ih.new_empty
-        self.weight_hr = nn.Parameter(empty(proj_size, hidden_size)) if proj_size else None
-        self.weight_peephole = nn.Parameter(empty(3, hidden_size)) if peepholes else None
+        new = self.weight_ih.new_empty
+        self.weight_hr: Tensor | None = nn.Parameter(new(proj_size, hidden_size)) if proj_size else None
+        self.weight_peephole: Tensor | None = nn.Parameter(new(3, hidden_size)) if peepholes else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,7 +74,7 @@ class LSTMCell(GatedCell):
         s = record("cell", f * s + g * record("candidate", self.squash(n)))
         if self.weight_peephole is not None:
             q = q + self.weight_peephole[2] * s
-        h = torch.tanh(s) * record("output", torch.sigmoid(q))
+        h = (torch.tanh(s) * record("output", torch.sigmoid(q))).to(h.dtype)  # s may be wider than h
         if self.weight_hr is not None:
             h = F.linear(h, self.weight_hr)
         return h, (h, s)

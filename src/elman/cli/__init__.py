@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from ..errors import ElmanError, UsageError
+from ..errors import ElmanError, UnfoldWarning, UsageError
 from .app import app
 
 __all__ = ["app", "main"]
@@ -19,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get("ELMAN_DEBUG"))
-    _plain_warnings()
     try:
-        app(args=[argument for argument in given if argument != "--debug"], prog_name="elman")
+        with _plain_warnings():
+            app(args=[argument for argument in given if argument != "--debug"], prog_name="elman")
     except ElmanError as error:
         if debug:
             raise
@@ -38,17 +41,18 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _plain_warnings() -> None:
-    """Show a warning as one paragraph, without the line of elman that gave it."""
-    import warnings
-
-    from ..errors import UnfoldWarning
-
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show elman's warnings as one paragraph each, without the line of elman that gave them."""
     ordinary = warnings.formatwarning
 
-    def paragraph(message: Warning | str, category: type[Warning], *place: object) -> str:
+    def paragraph(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
         if issubclass(category, UnfoldWarning):
             return f"warning: {message}\n"
-        return ordinary(message, category, *place)  # type: ignore[arg-type]  # passed on as it came
+        return ordinary(message, category, *place, **more)
 
-    warnings.formatwarning = paragraph  # type: ignore[assignment]  # the stub names the arguments
+    warnings.formatwarning = paragraph
+    try:
+        yield
+    finally:
+        warnings.formatwarning = ordinary

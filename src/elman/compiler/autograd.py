@@ -27,6 +27,7 @@ class Call:
     reverse: bool
     chunk: int | None
     counts: tuple[int, int, int, int]  # xs, state, weights, draws
+    device: torch.device = torch.device("cpu")
 
     def parts(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[list[Tensor], ...]:
         """The flat list of tensors, cut into xs, state, weights, draws."""
@@ -53,6 +54,9 @@ class Call:
 
 def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor], dict[str, Tensor]]:
     """Run a compiled step over all its rows: (ys, final state, kept), differentiable."""
+    if torch.is_autocast_enabled(call.device.type):  # casts are part of the program
+        with torch.autocast(call.device.type, enabled=False):
+            return run(call, tensors)
     step = call.compiled.step
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         flat = Unfold.apply(call, *tensors)

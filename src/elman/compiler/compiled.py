@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..protocol import Tree
 from .derivative import Derivative, derive, tidy
 from .independence import annotate
 from .interpret import Runner, compile_program, compile_step
@@ -38,13 +39,14 @@ class Differentiated:
 
 
 class Compiled:
-    """A traced step, split into what holds for a whole call and what varies.
+    """A traced step, split into what holds for a whole call and what varies; ``y`` is the structure of its output.
 
     ``invariant(B, [], [], weights, [])`` gives, under ordinary autograd, the values that ``step`` takes as weights.
     Raises UnfoldError subclasses when the step cannot be unfolded.
     """
 
-    def __init__(self, traced: Step) -> None:
+    def __init__(self, traced: Step, y: Tree) -> None:
+        self.y = y
         annotate(traced)
         tidy(traced)
         before, self.step = hoist(traced)

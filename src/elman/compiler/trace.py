@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -60,8 +60,7 @@ _KEPT_WHOLE = (
 )
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """What is known of a tensor before any data: its shape past the batch, dtype and device."""
 
     shape: tuple[int, ...]
@@ -139,7 +138,7 @@ def _user_line(stack: str) -> str:
 
 def _ours(filename: str) -> bool:
     path = filename.replace("\\", "/")
-    engine = ("/elman/compiler/", "/elman/unfold.py", "/elman/recording.py")
+    engine = ("/elman/compiler/", "/elman/unfold.py", "/elman/protocol.py", "/elman/recording.py")
     return "/torch/" in path or path.startswith("<") or any(part in path for part in engine)
 
 

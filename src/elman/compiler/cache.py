@@ -1,0 +1,154 @@
+"""Programs that were traced already, by everything that they depend on (see ``key``); they are shared by all cells
+that are alike."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import CellError, MutationError, UnfoldError
+from ..protocol import Protocol
+from .compiled import Compiled
+from .key import ambient, fingerprint
+from .trace import Leaf, perturb, trace
+
+__all__ = ["Signature", "program_of"]
+
+_MOST = 256
+_programs: OrderedDict[Any, Compiled | UnfoldError] = OrderedDict()
+_lock = threading.RLock()
+
+
+def _unlock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+# A thread may be tracing while another forks; the child must not wait for it.
+os.register_at_fork(after_in_child=_unlock)
+
+
+class Signature(NamedTuple):
+    """What a program needs to know of the tensors of a call: a Leaf each, and the names of the parameters."""
+
+    xs: tuple[Leaf, ...]
+    state: tuple[Leaf, ...]
+    constants: tuple[Leaf, ...]
+    parameters: tuple[Leaf, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, xs: list[Tensor], state: list[Tensor], constants: list[Tensor], parameters: dict[str, Tensor]
+    ) -> Signature:
+        return cls(
+            tuple([Leaf(x.shape[1:], x.dtype, x.device, True) for x in xs]),
+            tuple([Leaf(s.shape[1:], s.dtype, s.device, True) for s in state]),
+            tuple([Leaf(c.shape[1:], c.dtype, c.device, True) for c in constants]),
+            tuple([Leaf(p.shape, p.dtype, p.device, False) for p in parameters.values()]),
+            tuple(parameters),
+        )
+
+
+def program_of(protocol: Protocol, signature: Signature) -> Compiled:
+    """The program of a cell for such tensors, traced on first use.
+
+    Raises what tracing raises; an UnfoldError is remembered like a program.
+    """
+    trees = (protocol.xs, protocol.state, protocol.constants)
+    key = (
+        fingerprint(protocol.cell),
+        signature,
+        protocol.record,
+        tuple([tree and tree.structure for tree in trees]),
+        ambient(signature.xs[0].device),
+    )
+    found = _programs.get(key)
+    if found is None:
+        with _lock:
+            found = _programs.get(key)
+            if found is None:
+                try:
+                    found = _trace(protocol, signature)
+                except UnfoldError as error:
+                    found = error.with_traceback(None)
+                _programs[key] = found
+                while len(_programs) > _MOST:
+                    _programs.popitem(last=False)
+    if isinstance(found, UnfoldError):
+        raise found
+    return found
+
+
+def _trace(protocol: Protocol, signature: Signature) -> Compiled:
+    count = len(signature.names)
+
+    def function(xs: list[Tensor], state: list[Tensor], weights: list[Tensor]) -> Any:
+        parameters = dict(zip(signature.names, weights, strict=False))
+        ys, new, recorded = protocol.step(parameters)(xs, state, weights[count:])
+        for i, y in enumerate(ys):
+            if y.dim() == 0 or y.shape[0] != xs[0].shape[0]:
+                raise CellError(
+                    f"{type(protocol.cell).__name__} returns a y whose leaf {i} does not start with the batch "
+                    f"dimension: {tuple(y.shape)}. Every leaf of y must be (B, …)."
+                )
+        states = {f"state {i}": leaf for i, leaf in enumerate(new)} if protocol.record else {}
+        return ys, new, {**recorded, **states}
+
+    with _Untouched(protocol.cell):
+        step = trace(function, signature.xs, signature.state, [*signature.parameters, *signature.constants])
+    if protocol.record:
+        perturb(step)
+    _give_names(step, signature)
+    assert protocol.y is not None
+    return Compiled(step, protocol.y)
+
+
+def _give_names(step: Any, signature: Signature) -> None:
+    """Call the inputs of a step by their role, so that its program can be read."""
+    names = [name.replace(".", "_") for name in signature.names]
+    roles = ((step.xs, "x"), (step.state, "s"), (step.weights[len(names) :], "constant"))
+    for nodes, role in roles:
+        for i, node in enumerate(nodes):
+            node._rename(role if len(nodes) == 1 else f"{role}_{i}")
+    for node, name in zip(step.weights, names, strict=False):
+        node._rename(name)
+
+
+class _Untouched:
+    """Tracing must leave the module as it was. Raises MutationError when the step changes Python state."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        self.cell = cell
+
+    def __enter__(self) -> None:
+        self.before = {part: dict(part.__dict__) for part in self.cell.modules()}
+        self.key = fingerprint(self.cell)
+
+    def __exit__(self, kind: Any, value: Any, stack: Any) -> None:
+        changed = kind is None and fingerprint(self.cell) != self.key
+        names = []
+        for part, attributes in self.before.items():
+            now = part.__dict__
+            names += [
+                f"{type(part).__name__}.{k}" for k, v in now.items() if k not in attributes or attributes[k] is not v
+            ]
+            if names:
+                now.clear()
+                now.update(attributes)
+        if changed:
+            raise MutationError(
+                f"the step changes Python state of its module ({', '.join(names) or 'inside a container'}), which "
+                "one traced program cannot follow. Carry it as a tensor in the state, or count outside the step."
+            )
+
+
+def forget() -> None:
+    """Drop all programs."""
+    with _lock:
+        _programs.clear()
+

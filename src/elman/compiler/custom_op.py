@@ -1,0 +1,176 @@
+"""A compiled step inside ``torch.compile``: one custom operator for a whole sequence.
+
+The program is traced while Dynamo runs, from shapes alone, and the graph holds its number. The operator's backward
+runs the forward once more to have what it needs: nothing but inputs crosses the border of the graph. Random draws
+are outputs of the forward operator, so that both see the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..packing import Rows
+from ..protocol import Protocol, Tree
+from .autograd import Call, chunk_length, run
+from .cache import Signature, program_of
+from .compiled import Compiled
+from .trace import Leaf
+
+__all__ = ["in_graph"]
+
+_numbers = itertools.count()
+_programs: dict[int, tuple[Compiled, int]] = {}  # the program, and how many weights it takes
+
+
+def in_graph(
+    protocol: Protocol,
+    rows: Rows,
+    constants: list[Tensor],
+    parameters: dict[str, Tensor],
+    reverse: bool,
+    remat: int | str | None,
+) -> Any:
+    """One call of a cell over uniform rows, as a node of the graph that is being compiled.
+
+    Raises what tracing the step raises; unequal lengths are refused by Dynamo, which cannot see their values.
+    """
+    xs, state = protocol.xs, protocol.state
+    leaves = [[_leaf(x, True) for x in part] for part in (xs.leaves, state.leaves, constants)]
+    leaves.append([_leaf(p, False) for p in parameters.values()])
+    number = _number(protocol.cell, _skeleton(xs), _skeleton(state), _skeleton(protocol.constants), leaves, list(parameters))
+    chunk = chunk_length(remat, rows.steps) or 0
+    counts = [len(xs.leaves), len(state.leaves), len(parameters) + len(constants)]
+    tensors = [*xs.leaves, *state.leaves, *parameters.values(), *constants]
+    outs = torch.ops.elman.unfold(tensors, counts, number, rows.steps, rows.batch, reverse, chunk)
+    n_ys, single = _outputs(number), _single(number)
+    ys = outs[0] if single else _programs[number][0].y.rebuild(list(outs[:n_ys]))
+    return ys, state.rebuild(list(outs[n_ys : n_ys + len(state.leaves)]))
+
+
+def _leaf(tensor: Tensor, batched: bool) -> Any:
+    shape = tensor.shape[1:] if batched else tensor.shape
+    return (tuple(shape), tensor.dtype, tensor.device, batched)
+
+
+def _skeleton(tree: Tree | None) -> Any:
+    return None if tree is None else (tree.spec, tree.others)
+
+
+@torch._dynamo.assume_constant_result
+def _number(cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, names: list[str]) -> int:
+    """Trace the cell, while Dynamo runs, and give its program a number."""
+
+    def tree(skeleton: Any) -> Tree:
+        made = Tree.__new__(Tree)
+        made.leaves, (made.spec, made.others) = [], skeleton
+        return made
+
+    protocol = Protocol(cell, tree(xs), tree(state), None if constants is None else tree(constants), False)
+    parts = [tuple(Leaf(torch.Size(leaf[0]), *leaf[1:]) for leaf in part) for part in leaves]
+    signature = Signature(parts[0], parts[1], parts[2], parts[3], tuple(names))
+    program = program_of(protocol, signature)
+    number = next(_numbers)
+    _programs[number] = (program, len(names) + len(parts[2]))
+    return number
+
+
+@torch._dynamo.assume_constant_result
+def _outputs(number: int) -> int:
+    return len(_programs[number][0].step.ys)
+
+
+@torch._dynamo.assume_constant_result
+def _single(number: int) -> bool:
+    return _programs[number][0].y.spec is None
+
+
+def _call(tensors: list[Tensor], counts: list[int], number: int, rows: Rows, reverse: bool, chunk: int, draws: Any) -> Any:
+    """The operator's work under ordinary autograd: ys, final state and draws."""
+    program = _programs[number][0]
+    a, b = counts[0], counts[0] + counts[1]
+    xs, state, leaves = tensors[:a], tensors[a:b], tensors[b:]
+    device = xs[0].device
+    weights = program.weights(rows.batch, leaves, device.type)
+    draws = program.draws(rows.total, device) if draws is None else draws
+    call = Call(program, rows, reverse, chunk or None, (a, len(state), len(weights), len(draws)), device)
+    ys, final, _ = run(call, [*xs, *state, *weights, *draws])
+    return [*ys, *final], draws
+
+
+@torch.library.custom_op("elman::unfold", mutates_args=())
+def _unfold(
+    tensors: list[Tensor], counts: list[int], number: int, steps: int, batch: int, reverse: bool, chunk: int
+) -> list[Tensor]:
+    with torch.no_grad():
+        outs, draws = _call(tensors, counts, number, Rows(steps, batch), reverse, chunk, None)
+    given = {id(t) for t in tensors}
+    return [*(o.clone() if id(o) in given else o for o in outs), *draws]
+
+
+@_unfold.register_fake
+def _(tensors: Any, counts: Any, number: int, steps: int, batch: int, reverse: bool, chunk: int) -> list[Tensor]:
+    step = _programs[number][0].step
+    total = steps * batch
+    first = tensors[0]
+    flat = [*(y for y in step.ys if y is not None), *step.draws]
+    made = [first.new_empty((total, *n.meta["val"].shape[1:]), dtype=n.meta["val"].dtype) for n in flat]
+    states = [torch.empty_like(s) for s in tensors[counts[0] : counts[0] + counts[1]]]
+    n = len(flat) - len(step.draws)
+    return [*made[:n], *states, *made[n:]]
+
+
+@torch.library.custom_op("elman::unfold_backward", mutates_args=())
+def _unfold_backward(
+    tensors: list[Tensor],
+    draws: list[Tensor],
+    grads: list[Tensor],
+    counts: list[int],
+    number: int,
+    steps: int,
+    batch: int,
+    reverse: bool,
+    chunk: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+        outs, _ = _call(inputs, counts, number, Rows(steps, batch), reverse, chunk, draws)
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        heads, tails = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(heads, wanted, tails, allow_unused=True))
+    result = []
+    for t, need in zip(tensors, needs, strict=True):
+        g = next(found) if need else None
+        result.append(torch.zeros_like(t) if g is None else g.contiguous())
+    return result
+
+
+@_unfold_backward.register_fake
+def _(tensors: Any, *_: Any) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    tensors, ctx.counts, ctx.number, ctx.steps, ctx.batch, ctx.reverse, ctx.chunk = inputs
+    step = _programs[ctx.number][0].step
+    ctx.draws = len(step.draws)
+    ctx.needs = [t.requires_grad and t.is_floating_point() for t in tensors]
+    ctx.save_for_backward(*tensors, *output[len(output) - ctx.draws :])
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> Any:
+    saved = ctx.saved_tensors
+    n = len(saved) - ctx.draws
+    found = torch.ops.elman.unfold_backward(
+        list(saved[:n]), list(saved[n:]), [*grads[: len(grads) - ctx.draws]], ctx.counts, ctx.number, ctx.steps,
+        ctx.batch, ctx.reverse, ctx.chunk, ctx.needs,
+    )  # fmt: skip
+    return [g if need else None for g, need in zip(found, ctx.needs, strict=True)], *[None] * 6
+
+
+_unfold.register_autograd(_backward, setup_context=_keep)
