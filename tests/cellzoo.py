@@ -127,6 +127,18 @@ class LstmLayer(Lstm):
         super().__init__(width, features=features)
 
 
+class ElmanLayer(ZooCell):
+    """The plainest layer, without a bias, so that the sum of two products is all there is."""
+
+    def __init__(self, width: int = 4, features: int = D) -> None:
+        super().__init__(width)
+        self.U, self.W = nn.Linear(features, width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.U(x) + self.W(h))
+        return h, h
+
+
 class Feedforward(ZooCell):
     """No recurrence: the state goes through untouched and unread."""
 
@@ -515,8 +527,8 @@ class Pointwise(ZooCell):
         a = F.softplus(u) + F.elu(h) + F.gelu(u) + F.silu(h) + F.leaky_relu(u - h) + F.hardtanh(u)
         b = torch.exp(-u.abs()) + torch.log1p(h * h) + torch.sqrt(1 + u * u) + torch.rsqrt(2 + h.square()) + torch.atan(h)
         c = torch.maximum(a, b) - torch.minimum(u, h) + torch.clamp(h, -0.5, 0.5) + torch.sin(h) * torch.cos(u)
-        d = torch.pow(1 + h * h, 1.5) + torch.erf(u) + (h - u).sign() + torch.lerp(u, h, 0.3) + u.reciprocal().tanh()
-        h = torch.tanh(c / (1 + d * d) + F.hardsigmoid(u) + F.mish(h) + F.relu6(u) + F.logsigmoid(h) * 0.1)
+        d = torch.pow(1 + h * h, 1.5) + torch.erf(u) + (h - u).sign() + torch.lerp(u, h, 0.3) + (2 + u * u).reciprocal().tanh()
+        h = torch.tanh(c / (1 + d * d) + F.mish(h) + F.relu6(u) + F.logsigmoid(h) * 0.1)
         return h, h
 
 
@@ -712,6 +724,7 @@ ZOO: dict[str, Callable[[], ZooCell]] = {
     "lstm with layer norm": partial(Lstm, norm=True),
     "stack of gru": Stack,
     "stack of lstm": partial(Stack, layer=LstmLayer),
+    "stack without biases": partial(Stack, layer=ElmanLayer, layers=2),
     **{
         kind.__name__: kind
         for kind in (

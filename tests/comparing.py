@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import elman
+from elman.compiler.cache import Signature, program_of
+from elman.compiler.compiled import Compiled, Differentiated
+from elman.packing import rows_of
+from elman.unfold import prepare
 
-__all__ = ["assert_same", "by_hand", "everything", "floats", "inputs", "leaves"]
+__all__ = [
+    "assert_same",
+    "by_hand",
+    "compiled",
+    "differentiated",
+    "everything",
+    "floats",
+    "inputs",
+    "leaves",
+    "operations",
+    "scan_by",
+]
 
 Scan = Callable[..., tuple[Any, Any]]
 
@@ -122,3 +139,39 @@ def scan_by(backend: str) -> Scan:
         return elman.scan(cell, xs, state, backend=backend, **options)
 
     return scan
+
+
+def compiled(cell: nn.Module, given: dict[str, Any], record: bool = False) -> Compiled:
+    """The program that ``scan`` runs for a cell that is given these."""
+    first = leaves(given["xs"])[0]
+    rows = rows_of(first.shape[0], max(leaf.shape[1] for leaf in leaves(given["xs"])))
+    xs = pytree.tree_map_only(Tensor, lambda leaf: leaf.expand(rows.steps, rows.batch, *leaf.shape[2:]), given["xs"])
+    xs = pytree.tree_map_only(Tensor, rows.pack, xs)
+    protocol, constants = prepare(cell, rows, xs, given["state"], given["constants"], record)
+    tensors = {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
+    return program_of(protocol, Signature.of(protocol.xs.leaves, protocol.state.leaves, constants, tensors))
+
+
+def differentiated(cell: nn.Module, given: dict[str, Any]) -> Differentiated:
+    """The programs of both directions, with every gradient."""
+    found = compiled(cell, given)
+    return found.derivative((True,) * len(found.step.xs), (True,) * len(found.step.weights))
+
+
+class Operations(TorchDispatchMode):
+    """Counts every ATen operation that runs, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(call: Callable[[], Any]) -> Counter[str]:
+    """How often each ATen operation runs during a call."""
+    with Operations() as mode:
+        call()
+    return mode.seen

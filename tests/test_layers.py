@@ -454,3 +454,38 @@ def test_second_derivatives(kind: str) -> None:
     mine = small(kind, True)
     xs = numbers(3, 2, 4).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda given: mine(given)[0], (xs,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_under_torch_compile(kind: str) -> None:
+    """Dynamo leaves recurrent layers, torch.nn's and these alike, out of a graph unless told otherwise."""
+    theirs, mine = (small(kind, ours, num_layers=2, bidirectional=True) for ours in (False, True))
+    mine = pickle.loads(pickle.dumps(mine))
+    xs = numbers(3, 2, 4).requires_grad_()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        whole = torch.compile(mine, fullgraph=True, backend="aot_eager")(xs)
+    same(whole, theirs(xs))
+    gradients = [
+        torch.autograd.grad(loss([ys]), [xs, *layer.parameters()])
+        for ys, layer in ((whole[0], mine), (theirs(xs)[0], theirs))
+    ]
+    same(*gradients)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_breaks_around_a_layer_as_around_torchs(kind: str) -> None:
+    xs, graphs = numbers(3, 2, 4), {}
+    for ours in (False, True):
+        layer, seen = small(kind, ours), graphs.setdefault(ours, [])
+
+        def backend(graph: torch.fx.GraphModule, _: Any, seen: list[Any] = seen) -> Any:
+            seen.append([str(node.target) for node in graph.graph.nodes])
+            return graph.forward
+
+        def model(xs: Tensor, layer: nn.Module = layer) -> Tensor:
+            return layer(xs.sin())[0].cos()
+
+        same(torch.compile(model, backend=backend)(xs), model(xs))
+        torch._dynamo.reset()
+    assert graphs[True] == graphs[False]  # nothing of what stands behind the layer is in a graph of its own

@@ -33,6 +33,7 @@ from .errors import OptionError, RunError
 __all__ = [
     "FORMAT",
     "RunDirectory",
+    "cannot_write",
     "load_tensors",
     "read_json",
     "save_tensors",
@@ -218,14 +219,19 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. What was saved before is intact; make room "
-            f"or change the permissions, then continue with 'elman resume' on the run directory."
-        ) from error
-    _sync_directory(path.parent)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """What to say when the system does not write a file of a run."""
+    return RunError(
+        f"cannot write {path}: {error.strerror or error}. What was saved before is intact; make room or "
+        f"change the permissions, then continue with 'elman resume' on the run directory."
+    )
 
 
 def write_json(path: Path, content: Any) -> None:

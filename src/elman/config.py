@@ -78,7 +78,11 @@ class Optim(Section):
     name: Literal["adam", "adamw", "sgd"] = Field(default="adamw", description="the optimiser")
     lr: float = Field(default=2e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "constant"] = Field(default="cosine", description="what follows the warm-up")
-    warmup: int = Field(default=100, ge=0, description="steps of linear warm-up")
+    warmup: int | None = Field(
+        default=None,
+        ge=0,
+        description="steps of warm-up; default: 100, or a 20th of the budget if that is less",
+    )
     final_lr: float = Field(
         default=0.05, ge=0, le=1, description="learning rate at the end, as a share of the peak"
     )

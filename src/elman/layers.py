@@ -7,8 +7,10 @@ has no values of its own; the layer's weights stand in for the cell's parameters
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,14 +29,27 @@ __all__ = ["GRU", "LSTM", "RNN"]
 class _Unfolded(nn.RNNBase):
     """The forward that the three layers share; ``_cell`` says which cell is unfolded."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._build_cells()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._build_cells()
+
+    def _build_cells(self) -> None:
+        """Beforehand, as Dynamo can look a cell up in ``forward`` but not build one."""
+        width = (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+        for input_size in (self.input_size, width):
+            self._cell(input_size)
+
     def _cell(self, input_size: int) -> GatedCell:
         raise NotImplementedError
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | list[int] | None = None) -> Any:
-        self._update_flat_weights()
-        if isinstance(input, PackedSequence):
-            return _packed(self, input, hx, lengths)
-        return _padded(self, input, hx, lengths)
+        if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
+            return _run(self, input, hx, lengths)
+        return _undisturbed()(self, input, hx, lengths)
 
 
 class RNN(_Unfolded, nn.RNN):
@@ -92,6 +107,18 @@ def _skeleton(kind: type[GatedCell], input_size: int, hidden_size: int, **option
     if key not in _skeletons.cells:
         _skeletons.cells[key] = kind(input_size, hidden_size, device="meta", **options)
     return _skeletons.cells[key]
+
+
+def _run(layer: _Unfolded, input: Any, hx: Any, lengths: Tensor | list[int] | None) -> tuple[Any, Any]:
+    layer._update_flat_weights()
+    kind = _packed if isinstance(input, PackedSequence) else _padded
+    return kind(layer, input, hx, lengths)
+
+
+@lru_cache(maxsize=1)
+def _undisturbed() -> Callable[..., tuple[Any, Any]]:
+    """``_run`` for a graph that breaks around the layer: Dynamo must not compile its helpers one by one."""
+    return torch.compiler.disable(_run)
 
 
 def _padded(layer: _Unfolded, input: Tensor, hx: Any, lengths: Tensor | list[int] | None) -> tuple[Any, Any]:

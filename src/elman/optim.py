@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from .config import Optim
 from .errors import OptionError
 
-__all__ = ["clip_gradients", "learning_rate", "load_optimizer", "make_optimizer", "optimizer_state"]
+__all__ = ["WARMUP", "clip_gradients", "learning_rate", "load_optimizer", "make_optimizer", "optimizer_state"]
+
+
+WARMUP = 100
+"""Steps of warm-up when none are set."""
 
 
 def make_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
@@ -42,7 +46,8 @@ def learning_rate(settings: Optim, step: int, fraction: float) -> float:
     ``step`` counts from 0, ``fraction`` in [0, 1] is the share of the budget that is spent. The cosine is
     1 all along for the constant schedule.
     """
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    warmup = WARMUP if settings.warmup is None else settings.warmup
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if settings.schedule == "constant":
         return settings.lr * warm
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, fraction))))

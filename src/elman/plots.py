@@ -42,7 +42,13 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if train:
-        axes.plot(*zip(*train, strict=True), color="#9ab8d6", linewidth=1.2, label="training")
+        axes.plot(
+            *zip(*train, strict=True),
+            color="#9ab8d6",
+            linewidth=1.2,
+            marker="." if len(train) < 3 else "",
+            label="training",
+        )
     if valid:
         label = f"validation, best {min(value for _, value in valid):.3f}"
         axes.plot(

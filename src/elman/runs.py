@@ -1,4 +1,4 @@
-"""A whole run, from settings to the figures on held-out text: start one, continue one."""
+"""A whole run, from settings to the figures on held-out text: start one, continue one, load one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,22 @@ from .tasks.language_model import (
 )
 from .train import Outcome, Trainer
 
-__all__ = ["resume", "start"]
+__all__ = ["load", "resume", "start"]
 
 CHANGEABLE = ("budget", "optim", "report")
 """Sections whose settings may change when a run is continued."""
 
 COUNTABLE = 5_000_000
 """Most training symbols for which the baselines are counted: they take about 200 bytes each."""
+
+
+def load(run_directory: str | Path, *, trust: bool = False, device: str = "cpu") -> TrainedLanguageModel:
+    """A trained model, ready to use, from its run directory.
+
+    A run with the user's own cell holds code; it is executed only with ``trust=True``. Raises RunError
+    when the directory holds no run, a damaged one, or one that is not trusted.
+    """
+    return TrainedLanguageModel.load(RunDirectory.open(run_directory), trust=trust, device=device)
 
 
 def start(config: Config, out: Path, reporter: Reporter, *, overwrite: bool = False) -> dict[str, Any]:

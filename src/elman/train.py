@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import FORMAT, RunDirectory, load_tensors, save_tensors
-from .config import Config
+from .checkpoint import FORMAT, RunDirectory, cannot_write, load_tensors, save_tensors, write_atomic
+from .config import Config, Optim
 from .errors import RunError, TrainingError
-from .optim import clip_gradients, learning_rate, load_optimizer, make_optimizer, optimizer_state
+from .optim import WARMUP, clip_gradients, learning_rate, load_optimizer, make_optimizer, optimizer_state
 from .plots import draw_losses
 from .progress import Reporter, Snapshot
 
@@ -28,6 +28,9 @@ __all__ = ["Outcome", "Progress", "Task", "Trainer"]
 
 VALIDATIONS = 20
 """Validations in a budget when no interval is set."""
+
+VALIDATING = 0.1
+"""Largest share of a budget in minutes that is spent on validations, apart from the first and the last."""
 
 DRAW_SECONDS = 60.0
 """Least time between two drawings of the loss curve."""
@@ -110,6 +113,8 @@ class Trainer:
         self._saved = self._drawn = self._clock
         self._log_mark = (0, self._clock)
         self._validations = 0
+        self._validating = 0.0
+        self._schedule = self._with_warmup()
 
     # -- saving and continuing
 
@@ -155,10 +160,7 @@ class Trainer:
 
     def _save_best(self) -> None:
         """Make the checkpoint 'last' the best one too, and its weights the model of the run."""
-        spare = self.run.best_file.with_name(".best.safetensors.tmp")
-        spare.unlink(missing_ok=True)
-        os.link(self.run.last_file, spare)  # 'last' is only ever replaced, never changed, so a link is a copy
-        os.replace(spare, self.run.best_file)
+        write_atomic(self.run.best_file, self.run.last_file.read_bytes())
         facts = {"format": FORMAT, "step": self.progress.best_step, "valid_loss": self.progress.best_loss}
         save_tensors(self.run.model_file, self.task.model.state_dict(), facts)
 
@@ -205,7 +207,7 @@ class Trainer:
 
     def _step(self) -> None:
         progress, settings = self.progress, self.config.optim
-        rate = learning_rate(settings, progress.step, self.fraction())
+        rate = learning_rate(self._schedule, progress.step, self.fraction())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, symbols = self.task.next_loss()
@@ -271,13 +273,16 @@ class Trainer:
         if every is not None:
             return self.progress.step % every == 0
         due = math.floor(self.fraction() * VALIDATIONS)
-        if due > self._validations:
-            self._validations = due
-            return True
-        return False
+        if due <= self._validations:
+            return False
+        if self.config.budget.minutes is not None and self._validating > VALIDATING * self._elapsed():
+            return False
+        self._validations = due
+        return True
 
     def _validate(self) -> None:
         progress, report = self.progress, self.config.report
+        begin = time.monotonic()
         loss = self.task.validate(report.validate_tokens)
         better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         if better:
@@ -294,6 +299,7 @@ class Trainer:
         text = self.task.sample(report.sample, progress.step) if self._sample_due() and finite else None
         if text is not None:
             line["sample"] = text
+        self._validating += time.monotonic() - begin
         self._write(line | {"seconds": round(self._elapsed(), 3)})
         self.reporter.validation(progress.step, loss, bits, better, text)
         patience = self.config.budget.patience
@@ -323,10 +329,7 @@ class Trainer:
             with open(self.run.metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise RunError(
-                f"cannot write {self.run.metrics_file}: {error.strerror or error}. The checkpoints are "
-                f"intact; make room, then continue with: elman resume {self.run.path}"
-            ) from error
+            raise cannot_write(self.run.metrics_file, error) from error
 
     # -- where the run stands
 
@@ -347,6 +350,13 @@ class Trainer:
         if budget.steps is not None:
             return budget.steps
         return max(1, math.ceil((budget.epochs or 0.0) * self.task.steps_per_epoch))
+
+    def _with_warmup(self) -> Optim:
+        """The optimiser's settings, with a warm-up that is short beside a short budget."""
+        settings = self.config.optim
+        if settings.warmup is not None or self.config.budget.minutes is not None:
+            return settings
+        return settings.model_copy(update={"warmup": min(WARMUP, self.total_steps // 20)})
 
     def _snapshot(self, loss: float, norm: float, rate: float) -> Snapshot:
         return Snapshot(
@@ -428,9 +438,12 @@ def _synced_size(run: RunDirectory) -> int:
     """Bytes of metrics.jsonl, all of them on the disk."""
     if not run.metrics_file.exists():
         return 0
-    with open(run.metrics_file, "rb+") as file:
-        os.fsync(file.fileno())
-        return file.seek(0, os.SEEK_END)
+    try:
+        with open(run.metrics_file, "rb+") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise cannot_write(run.metrics_file, error) from error
 
 
 def _truncate(run: RunDirectory, size: int) -> None:

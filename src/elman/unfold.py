@@ -165,12 +165,12 @@ def unfold(
         return in_graph(protocol, rows, constant_leaves, own, reverse, remat)
     try:
         program = program_of(protocol, Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, own))
+        return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat)
     except UnfoldError as error:
         if backend != "auto" or (isinstance(error, MixedRowsError) and not rows.uniform):
             raise
         _warn_once(cell, error)
         return _by_reference(protocol, rows, constant_leaves, given, reverse)
-    return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat)
 
 
 def prepare(

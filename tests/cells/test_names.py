@@ -231,8 +231,10 @@ def test_a_file_that_is_no_text(file: Path) -> None:
         load_user_cell(file, "A")
 
 
-def test_a_missing_file_names_its_neighbours(file: Path) -> None:
-    with pytest.raises(OptionError, match=r"does not exist\. Python files there: mine\.py\."):
+def test_a_missing_file(file: Path) -> None:
+    with pytest.raises(OptionError, match=r"does not exist\. Did you mean '.*mine\.py'\?"):
         make_cell(f"{file.parent / 'nine.py'}:Decay", 3, 4)
+    with pytest.raises(OptionError, match=r"does not exist\.$"):
+        make_cell(f"{file.parent / 'nowhere' / 'mine.py'}:Decay", 3, 4)
     with pytest.raises(OptionError, match="does not exist"):
         make_cell(f"{file.parent}:Decay", 3, 4)

@@ -1,4 +1,4 @@
-"""Whatever is wrong, the command says it in one paragraph on stderr and leaves with 1 or 2, without a traceback."""
+"""Whatever is wrong: one paragraph on stderr, exit code 1 or 2, no traceback, earlier checkpoints intact."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs_common import TINY, Command
 
 from elman.checkpoint import RunDirectory, load_tensors
 from elman.tasks.language_model import LanguageModelling
-from runs_common import TINY, Command, command, text  # noqa: F401 (fixtures)
 
 QUICK = [*TINY, "--steps", "4", "--quiet", "--set", "report.sample=0"]
 
@@ -40,7 +40,7 @@ BAD_TEXTS = {
 
 
 @pytest.mark.parametrize("kind", BAD_TEXTS)
-def test_bad_texts(kind: str, command: Command, tmp_path: Path) -> None:  # noqa: F811
+def test_bad_texts(kind: str, command: Command, tmp_path: Path) -> None:
     data, words = BAD_TEXTS[kind]
     (tmp_path / "bad.txt").write_bytes(data)
     run = tmp_path / "run"
@@ -51,7 +51,7 @@ def test_bad_texts(kind: str, command: Command, tmp_path: Path) -> None:  # noqa
     assert not run.exists(), "nothing is left behind"
 
 
-def test_missing_text(command: Command, tmp_path: Path) -> None:  # noqa: F811
+def test_missing_text(command: Command, tmp_path: Path) -> None:
     refused(
         command("train", "lm", tmp_path / "no.txt", "--out", tmp_path / "run"), 1, "no.txt", "does not exist"
     )
@@ -72,7 +72,7 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize("kind", BAD_OPTIONS)
-def test_bad_options(kind: str, command: Command, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bad_options(kind: str, command: Command, text: Path, tmp_path: Path) -> None:
     options, words = BAD_OPTIONS[kind]
     refused(command("train", "lm", text, "--out", tmp_path / "run", *QUICK, *options), 2, *words)
     assert not (tmp_path / "run").exists()
@@ -86,7 +86,7 @@ def test_bad_options(kind: str, command: Command, text: Path, tmp_path: Path) ->
         (["train", "ml"], "lm"),
     ],
 )
-def test_unknown_options_and_commands(arguments: list[str], suggestion: str, command: Command) -> None:  # noqa: F811
+def test_unknown_options_and_commands(arguments: list[str], suggestion: str, command: Command) -> None:
     code, out, err = command(*arguments)
     assert code == 2
     assert out == ""
@@ -94,7 +94,7 @@ def test_unknown_options_and_commands(arguments: list[str], suggestion: str, com
     assert "Traceback" not in err
 
 
-def test_an_existing_run_is_not_written_over(command: Command, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_existing_run_is_not_written_over(command: Command, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train = ["train", "lm", text, "--out", run, *QUICK]
     assert command(*train).code == 0
@@ -105,7 +105,7 @@ def test_an_existing_run_is_not_written_over(command: Command, text: Path, tmp_p
     assert RunDirectory(run).model_file.read_bytes() != before
 
 
-def test_a_directory_of_other_things_is_never_replaced(command: Command, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_directory_of_other_things_is_never_replaced(command: Command, text: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
     outcome = command("train", "lm", text, "--out", tmp_path / "home", "--overwrite", *QUICK)
@@ -140,7 +140,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_runs(kind: str, command: Command, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_damaged_runs(kind: str, command: Command, text: Path, tmp_path: Path) -> None:
     file, damage, verb, words = DAMAGE[kind]
     run = tmp_path / "run"
     assert command("train", "lm", text, "--out", run, *QUICK).code == 0
@@ -154,7 +154,7 @@ def test_damaged_runs(kind: str, command: Command, text: Path, tmp_path: Path) -
     refused(command(*arguments), 1, *words)
 
 
-def test_the_way_out_of_a_damaged_checkpoint(command: Command, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_way_out_of_a_damaged_checkpoint(command: Command, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert command("train", "lm", text, "--out", run, *QUICK).code == 0
     cut_off(RunDirectory(run).last_file)
@@ -162,7 +162,7 @@ def test_the_way_out_of_a_damaged_checkpoint(command: Command, text: Path, tmp_p
     assert load_tensors(RunDirectory(run).last_file)[1]["progress"]["step"] == 7
 
 
-def test_a_newer_format_is_refused(command: Command, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_newer_format_is_refused(command: Command, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert command("train", "lm", text, "--out", run, *QUICK).code == 0
     content = json.loads((run / "config.json").read_text())
@@ -171,8 +171,8 @@ def test_a_newer_format_is_refused(command: Command, text: Path, tmp_path: Path)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(
-    command: Command,  # noqa: F811
-    text: Path,  # noqa: F811
+    command: Command,
+    text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -211,7 +211,7 @@ def small_disk(tmp_path: Path) -> Path:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_disk_that_is_really_full(command: Command, text: Path, small_disk: Path) -> None:  # noqa: F811
+def test_a_disk_that_is_really_full(command: Command, text: Path, small_disk: Path) -> None:
     run = small_disk / "run"
     options = [*QUICK, "--hidden", "32", "--set", "report.save_seconds=0", "--steps", "30"]
     refused(command("train", "lm", text, "--out", run, *options), 1, "No space left on device")
@@ -219,8 +219,8 @@ def test_a_disk_that_is_really_full(command: Command, text: Path, small_disk: Pa
 
 
 def test_a_loss_that_is_no_number(
-    command: Command,  # noqa: F811
-    text: Path,  # noqa: F811
+    command: Command,
+    text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -247,8 +247,8 @@ def test_a_loss_that_is_no_number(
 
 
 def test_a_few_gradients_that_are_not_finite_are_skipped(
-    command: Command,  # noqa: F811
-    text: Path,  # noqa: F811
+    command: Command,
+    text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -267,7 +267,7 @@ def test_a_few_gradients_that_are_not_finite_are_skipped(
     assert json.loads(out)["skipped"] == 2
 
 
-def test_a_bug_in_elman_is_shown_with_debug(command: Command, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_bug_in_elman_is_shown_with_debug(command: Command, text: Path, tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "elman", "generate", str(tmp_path), "--debug"],
         capture_output=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -59,8 +60,9 @@ def load_user_cell(path: str | Path, name: str) -> UserCell:
     """
     path = Path(path)
     if not path.is_file():
-        beside = sorted(file.name for file in path.parent.glob("*.py"))[:8] if path.parent.is_dir() else []
-        hint = f" Python files there: {', '.join(beside)}." if beside else ""
+        beside = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f" Did you mean {str(path.with_name(near[0]))!r}?" if near else ""
         raise OptionError(f"cell file {str(path)!r} does not exist.{hint}")
     source = _read(path)
     module = _execute(path, source)

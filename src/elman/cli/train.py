@@ -93,7 +93,7 @@ def lm(
     ] = None,
     optimizer: Annotated[str | None, _training("adam, adamw or sgd (default adamw).")] = None,
     lr: Annotated[float | None, _training("Peak learning rate (default 0.002).")] = None,
-    warmup: Annotated[int | None, _training("Steps of warm-up (default 100).")] = None,
+    warmup: Annotated[int | None, _training("Steps of warm-up (default at most 100).")] = None,
     clip: Annotated[float | None, _training("Largest norm of the gradient; 0: any (default 1).")] = None,
     weight_decay: Annotated[float | None, _training("Decay of matrices (default 0.01).")] = None,
     steps: Annotated[int | None, _budget("Optimiser steps (default 2000).")] = None,

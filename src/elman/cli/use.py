@@ -135,7 +135,7 @@ def score(
 
 
 def load(run: Path, trust: bool, device: str) -> TrainedLanguageModel:
-    from ..tasks import load as load_run
+    from ..runs import load as load_run
 
     return load_run(run, trust=trust, device=device)
 

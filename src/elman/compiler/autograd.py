@@ -15,7 +15,7 @@ from . import reference
 from .compiled import Compiled, Differentiated
 from .trace import batch_multiple
 
-__all__ = ["Call", "chunk_length", "run"]
+__all__ = ["Call", "chunk_length", "needs_of", "run"]
 
 
 @dataclass
@@ -148,8 +148,9 @@ def _run_backward(
     g_ys = [grads[i] for i in derivative.floating]
     carried = [i for i, s in enumerate(state) if s.is_floating_point()]
     g_state: list[Any] = [grads[n_ys + i] for i in carried]
-    begun = [list(state), *(list(starts[i : i + n_state]) for i in range(0, len(starts), max(n_state, 1)))]
-    pieces = list(zip(call.pieces(), begun, strict=True)) if call.chunk else [((call.rows, slice(None)), begun[0])]
+    chunks = call.pieces() if call.chunk else [(call.rows, slice(None))]
+    begun = [list(state), *(list(starts[i * n_state : (i + 1) * n_state]) for i in range(len(chunks) - 1))]
+    pieces = list(zip(chunks, begun, strict=True))
     g_xs: list[list[Any]] = []
     sums: dict[int, Tensor] = {}
     for (rows, here), start in reversed(pieces):
@@ -218,3 +219,10 @@ def chunk_length(remat: int | str | None, steps: int) -> int | None:
         return None
     size = max(1, math.isqrt(max(steps - 1, 0)) + 1) if remat == "auto" else int(remat)
     return size if size < steps else None
+
+
+def needs_of(compiled: Compiled) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """The gradients that training usually asks for: of every floating input and weight."""
+    step = compiled.step
+    xs = tuple(n.meta["val"].is_floating_point() for n in step.xs)
+    return xs, tuple(n.meta["val"].is_floating_point() for n in step.weights)

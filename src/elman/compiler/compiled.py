@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnfoldError
 from ..protocol import Tree
 from .derivative import Derivative, derive, tidy
 from .independence import annotate
@@ -48,7 +49,7 @@ class Compiled:
     def __init__(self, traced: Step, y: Tree) -> None:
         self.y = y
         annotate(traced)
-        tidy(traced)
+        tidy(traced, derived=False)
         before, self.step = hoist(traced)
         annotate(self.step)
         self.before = before
@@ -56,7 +57,7 @@ class Compiled:
         self.trivial = all(y in before.weights for y in before.ys)
         self.taken = [before.weights.index(y) for y in before.ys] if self.trivial else []  # type: ignore[arg-type]
         self._forward: dict[bool, Runner] = {}
-        self._derivatives: dict[tuple[tuple[bool, ...], tuple[bool, ...]], Differentiated] = {}
+        self._derivatives: dict[tuple[tuple[bool, ...], tuple[bool, ...]], Differentiated | UnfoldError] = {}
 
     @cached_property
     def program(self) -> Program:
@@ -87,7 +88,14 @@ class Compiled:
     def derivative(self, needs_x: tuple[bool, ...], needs_weight: tuple[bool, ...]) -> Differentiated:
         """Programs that also give the gradients asked for."""
         key = (needs_x, needs_weight)
-        if key not in self._derivatives:
-            rule = derive(self.step, needs_x, needs_weight)
-            self._derivatives[key] = Differentiated(rule, partition(rule.forward), partition(rule.adjoint))
-        return self._derivatives[key]
+        found = self._derivatives.get(key)
+        if found is None:
+            try:
+                rule = derive(self.step, needs_x, needs_weight)
+                found = Differentiated(rule, partition(rule.forward), partition(rule.adjoint))
+            except UnfoldError as error:
+                found = error.with_traceback(None)
+            self._derivatives[key] = found
+        if isinstance(found, UnfoldError):
+            raise found
+        return found

@@ -136,7 +136,9 @@ def _unfold_backward(
     chunk: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    with torch.enable_grad():
+    # An operator runs below autograd; the invariant part of the step needs it back.
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), autograd:
         inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
         outs, _ = _call(inputs, counts, number, Rows(steps, batch), reverse, chunk, draws)
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .independence import annotate, is_varying
 from .simplify import fuse, simplify
-from .trace import Step, decompositions, explained
+from .trace import Step, explained, functional
 
 __all__ = ["Derivative", "derive"]
 
@@ -100,9 +99,12 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
     # Outputs serve as the fake cotangents; a fresh tensor each, because an output may be an input or occur twice.
     cotangents = [_empty_like(node.meta["val"]) for node in outputs]
     with mode, torch.autocast("cpu", enabled=False), torch.no_grad():
-        traced = make_fx(joint, decomposition_table=decompositions())(*inputs, *cotangents)
+        traced = functional(joint, [*inputs, *cotangents])
     graph = traced.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    named = [n.name for n in (*step.xs, *step.state, *step.weights, *step.draws)]
+    for node, name in zip(placeholders, [*named, *(f"d_{n.name}" for n in outputs)], strict=True):
+        node._rename(name)
     results = list(graph.output_node().args[0])
     a, b, c, d = count[0], at, at + count[2], at + count[2] + count[3]
     values = dict(zip(ends, results[: len(ends)], strict=True))
@@ -145,8 +147,11 @@ def _module(step: Step, ends: list[fx.Node]) -> fx.GraphModule:
 def _part_layer_norm(graph: fx.Graph) -> None:
     """Let the gradient of the input and the gradients of the weights be two calls: the first stays in the loop, the
     second becomes one call over all rows."""
+    for node in reversed(list(graph.nodes)):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
     for node in list(graph.nodes):
-        if node.target is not aten.native_layer_norm_backward.default:
+        if node.target not in (aten.native_layer_norm_backward.default, aten.convolution_backward.default):
             continue
         parts = {user: user.args[1] for user in node.users}
         if 0 not in parts.values() or len(set(parts.values())) == 1:
@@ -198,17 +203,17 @@ def _split(joint: Step, step: Step, floating: list[int], x_grads: list[int]) -> 
     second_step.next = [env[g] for g in g_next]
     second_step.sums = {w: env[g] for w, g in joint.sums.items()}
     for part in (first_step, second_step):
-        tidy(part)
+        tidy(part, derived=True)
         fuse(part)
         annotate(part, sums=True)
     return Derivative(first_step, second_step, reads, floating, x_grads)
 
 
-def tidy(step: Step) -> None:
+def tidy(step: Step, *, derived: bool) -> None:
     """Simplify a step, drop what nothing reads, and annotate it anew."""
-    annotate(step, sums=True)
-    simplify(step)
-    annotate(step, sums=True)
+    annotate(step, sums=derived)
+    simplify(step, derived=derived)
+    annotate(step, sums=derived)
 
 
 def _reach(ends: list[fx.Node], stop: set[fx.Node] | None = None) -> set[fx.Node]:

@@ -28,7 +28,7 @@ _VIEWS = {"view", "_unsafe_view", "reshape"}
 _MOVES = {
     "unsqueeze", "squeeze", "permute", "transpose", "t", "expand", "clone", "alias", "detach", "_to_copy",
     "lift_fresh_copy", "contiguous", "full_like", "zeros_like", "ones_like", "empty_like", "constant_pad_nd",
-    "embedding", "embedding_dense_backward", "as_strided_copy", "where", "masked_fill",
+    "embedding", "embedding_dense_backward", "where", "masked_fill", "copy",
 }  # fmt: skip
 _ALONG_DIM = {
     "slice", "select", "split", "split_with_sizes", "unbind", "cat", "flip", "roll", "cumsum", "cumprod",
@@ -37,7 +37,9 @@ _ALONG_DIM = {
     "any", "all", "topk", "sort", "gather", "scatter", "scatter_add", "index_select", "logcumsumexp", "std",
     "slice_scatter", "select_scatter", "logsumexp", "cummax", "cummin", "norm", "linalg_vector_norm",
 }  # fmt: skip
-_SUMS = {"sum", "mm", "addmm", "embedding_dense_backward", "native_layer_norm_backward", "bmm"}
+_SUMS = {
+    "sum", "mm", "addmm", "bmm", "_trilinear", "embedding_dense_backward", "native_layer_norm_backward", "convolution_backward",
+}  # fmt: skip
 
 
 def is_varying(node: fx.Node) -> bool:
@@ -122,13 +124,22 @@ def _check(node: fx.Node, rows: Any, unit: int, sums: bool) -> None:
         at = 1 if name == "native_layer_norm" else 2
         source = rows_of_node(node.args[0])  # type: ignore[arg-type]
         ok = source is not None and source[0] < node.args[0].meta["val"].dim() - len(node.args[at])  # type: ignore
-    elif name == "index":
+    elif name in ("index", "index_put"):
         ok = _index_ok(node)
+    elif name == "_trilinear":
+        inserted = [dims for arg, dims in zip(node.args[:3], node.args[3:6], strict=True) if is_varying(arg)]  # type: ignore[arg-type]
+        apart = rows == (0, 1) and not any(0 in dims for dims in (*inserted, node.args[6]))  # type: ignore[operator]
+        ok = apart or (sums and rows == "sum")
+    elif name == "repeat":
+        ok = isinstance(rows, tuple) and node.args[1][rows[0]] == 1  # type: ignore[index]
+    elif name in ("convolution", "convolution_backward"):
+        weight = node.args[1] if name == "convolution" else node.args[2]
+        ok = _dim_is_rows(node.args[0], 0) and not is_varying(weight)  # type: ignore[arg-type]
     elif name in _ALONG_DIM:
         ok = not _along_rows(node, rows) or (sums and rows == "sum")
     elif name in _MOVES:
         ok = name not in ("embedding",) or not is_varying(node.args[0])  # type: ignore[arg-type]
-        ok = ok and (name not in ("where", "masked_fill") or _aligned(node.args))
+        ok = ok and (name not in ("where", "masked_fill", "copy") or _aligned(node.args))
     elif torch.Tag.pointwise in target.tags or name in ("silu_backward", "gelu_backward", "softplus_backward", "elu_backward", "threshold_backward", "sigmoid_backward", "tanh_backward"):
         ok = _aligned(node.args)
     else:
@@ -174,16 +185,18 @@ def _along_rows(node: fx.Node, rows: Any) -> bool:
     if name == "select_backward":  # its dimension counts in the result
         return any(dim % node.meta["val"].dim() == rows[0] for dim in dims)
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
-    if name in ("gather", "scatter", "scatter_add", "slice_scatter", "select_scatter", "index_select", "cat"):
+    if name in ("gather", "scatter", "scatter_add", "slice_scatter", "index_select", "cat"):
         together = sources if name == "cat" else node.args
         if not _aligned(together):
             return True
+    if name == "select_scatter" and is_varying(node.args[1]):  # type: ignore[arg-type]
+        return _dim_is_rows(node.args[0], dims[0]) or rows_of_node(node.args[1])[0] != rows[0] - (dims[0] < rows[0])  # type: ignore
     return any(_dim_is_rows(source, dim) for source in sources for dim in dims)
 
 
 def _index_ok(node: fx.Node) -> bool:
     source, indices = node.args[0], node.args[1]
-    rows = rows_of_node(source)  # type: ignore[arg-type]
+    rows = rows_of_node(node) if _name(node) == "index_put" else rows_of_node(source)  # type: ignore[arg-type]
     used = [i for i, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
     if rows is None:
         return len(used) >= 1

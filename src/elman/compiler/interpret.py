@@ -450,8 +450,7 @@ class _LoopWriter:
         now = [self.env[self.step.state[i]] for i in self.loop.carried]
         new = [env[self.step.next[i]] for i in self.loop.carried]
         if w.ragged:
-            for target, value in zip(now, self._apart(new), strict=True):
-                w.line(f"{target}[:n] = {value}", 2)
+            w.line(f"{', '.join(f'{name}[:n]' for name in now)} = {', '.join(self._apart(new))}", 2)
         else:
             w.line(f"{', '.join(now)} = {', '.join(new)}", 2)
 

@@ -89,7 +89,7 @@ def _copy_varying(step: Step, crossing: list[fx.Node]) -> Step:
     graph = fx.Graph(step.root)
     env: dict[fx.Node, fx.Node] = {}
     for node in (*step.xs, *step.state, *crossing, *step.draws):
-        env[node] = graph.placeholder(node.name)
+        env[node] = graph.placeholder(_role(node))
         env[node].meta = dict(node.meta)
     for node in step.graph.nodes:
         if node.op == "call_function" and is_varying(node):
@@ -107,6 +107,14 @@ def _copy_varying(step: Step, crossing: list[fx.Node]) -> Step:
         next=[env[n] for n in step.next],
         kept={name: env[n] for name, n in step.kept.items()},
     )
+
+
+def _role(node: fx.Node) -> str:
+    """A name for an invariant value that says which weight it comes from: ``weight_hh_t``."""
+    if node.op != "call_function":
+        return node.name
+    source = next((n for n in node.all_input_nodes), None)
+    return node.name if source is None else f"{_role(source)}_{node.name.rstrip('_0123456789')}"
 
 
 def partition(step: Step) -> Program:
@@ -133,7 +141,8 @@ def partition(step: Step) -> Program:
     found: dict[tuple[int, int], Segment | Loop] = {}
     for c in cyclic:
         found[stages[c], c] = Loop([n for n in varying if loop_of.get(n) == c], sorted(components[c]))
-    for n in varying:
+    # In the order in which _stages settled them: a register is read after what it holds is computed.
+    for n in [n for n in stages if isinstance(n, fx.Node) and n.op == "call_function" and is_varying(n)]:
         if n not in loop_of:
             segment = found.setdefault((stages[n], -1), Segment([]))
             segment.nodes.append(n)

@@ -1,6 +1,6 @@
 """Small rewrites of a step's graph that every backend profits from. Each keeps the value, up to rounding.
 
-    detach, alias           gone
+    alias, and detach once derived: gone
     sums of terms           what depends on no state is added first, so that it leaves the loop;
                             a matrix product is added by addmm
     slice gradients         the gradients of all the slices of one value become one concatenation
@@ -18,12 +18,16 @@ from .trace import Step
 __all__ = ["fuse", "simplify"]
 
 aten = torch.ops.aten
-_NOTHING = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
+_NOTHING = (aten.alias.default, aten.lift_fresh_copy.default)
 
 
-def simplify(step: Step) -> None:
-    """Rewrite the graph of an annotated step in place; annotate it again afterwards."""
-    _drop_aliases(step)
+def simplify(step: Step, *, derived: bool) -> None:
+    """Rewrite the graph of an annotated step in place; annotate it again afterwards.
+
+    A detach says where no gradient flows, so it is dropped only from what is ``derived`` already.
+    """
+    _drop_aliases(step, (*_NOTHING, aten.detach.default) if derived else _NOTHING)
+    _own_next(step)
     _drop_dead(step)
     _join_slices(step)
     _order_sums(step)
@@ -61,9 +65,21 @@ def _replace(step: Step, node: fx.Node, by: fx.Node) -> None:
     step.graph.erase_node(node)
 
 
-def _drop_aliases(step: Step) -> None:
+def _own_next(step: Step) -> None:
+    """A state that takes over another one as it is becomes a value of its own."""
+    for i, node in enumerate(step.next):
+        if node in step.state:
+            with step.graph.inserting_after(_last_placeholder(step)):
+                step.next[i] = _make(step, aten.clone.default, (node,), node)
+
+
+def _last_placeholder(step: Step) -> fx.Node:
+    return next(n for n in reversed(step.graph.nodes) if n.op == "placeholder")
+
+
+def _drop_aliases(step: Step, nothing: tuple[Any, ...]) -> None:
     for node in list(step.graph.nodes):
-        if node.target in _NOTHING and node.args[0].meta["val"].dtype == node.meta["val"].dtype:
+        if node.target in nothing and node.args[0].meta["val"].dtype == node.meta["val"].dtype:
             _replace(step, node, node.args[0])
 
 

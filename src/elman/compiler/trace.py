@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from ..errors import (
     CapturedTensorError,
@@ -47,6 +48,7 @@ _KEPT_WHOLE = (
     aten._log_softmax_backward_data.default,
     aten.slice_backward.default,
     aten.t.default,
+    aten.detach.default,
     aten.transpose.int,
     aten.split.Tensor,
     aten.baddbmm.default,
@@ -176,10 +178,7 @@ def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weig
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [fake(mode, leaf, unit) for leaf in (*xs, *state, *weights)]
-    root = _make_fx(flat, mode, inputs)
-    if any(_mutates(node) for node in root.graph.nodes):
-        inputs = [fake(mode, leaf, unit) for leaf in (*xs, *state, *weights)]
-        root = _make_fx(torch.func.functionalize(flat, remove="mutations"), mode, inputs)
+    root = _traced(flat, mode, inputs)
     _check(root)
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
     outputs = list(root.graph.output_node().args[0])
@@ -198,10 +197,55 @@ def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weig
     )
 
 
-def _make_fx(function: Callable[..., Any], mode: FakeTensorMode, inputs: list[Tensor]) -> fx.GraphModule:
+class _NoGradSeen(TorchFunctionMode):
+    """Refuses a step that switches gradients off inside itself: an ATen graph does not show it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled and not args[0]:
+            line = _user_line("".join(traceback.format_stack()))
+            raise UnsupportedError(f"the step switches gradients off, at {line}. Use .detach() on the values instead.")
+        return func(*args, **(kwargs or {}))
+
+
+def functional(function: Callable[..., Any], inputs: list[Tensor]) -> fx.GraphModule:
+    """``make_fx`` without operations that change a tensor in place, those inside decompositions included.
+
+    Inputs that the function itself changes stay visible as copy_ to a placeholder.
+    """
+    root = make_fx(function, decomposition_table=decompositions(), record_stack_traces=True)(*inputs)
+    if any(_mutates(node) for node in root.graph.nodes):
+        again = torch.func.functionalize(fx.Interpreter(root).run, remove="mutations")
+        with fx.traceback.preserve_node_meta():
+            root = make_fx(again)(*inputs)
+        _copies_become_views(root.graph)
+    return root
+
+
+def _copies_become_views(graph: fx.Graph) -> None:
+    """What is left of ``a.copy_(b)`` is the value b, in the shape and type of a."""
+    for node in list(graph.nodes):
+        if node.target is aten.copy.default:
+            to, source = node.meta["val"], node.args[1]
+            with graph.inserting_before(node):
+                if source.meta["val"].dtype != to.dtype:
+                    source = graph.call_function(aten._to_copy.default, (source,), {"dtype": to.dtype})
+                    source.meta = {**node.meta, "val": node.args[1].meta["val"].to(to.dtype)}
+                if source.meta["val"].shape != to.shape:
+                    source = graph.call_function(aten.expand.default, (source, list(to.shape)))
+                    source.meta = dict(node.meta)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _changes_input(node: fx.Node) -> bool:
+    target = node.args[0] if node.args else None
+    return isinstance(target, fx.Node) and target.op == "placeholder"
+
+
+def _traced(function: Callable[..., Any], mode: FakeTensorMode, inputs: list[Tensor]) -> fx.GraphModule:
     try:
-        with mode, torch.no_grad():
-            return make_fx(function, decomposition_table=decompositions(), record_stack_traces=True)(*inputs)
+        with mode, torch.enable_grad(), _NoGradSeen():
+            return functional(function, inputs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise DataDependentError(
             "the step takes a decision or a shape from the value of a tensor, so one program cannot hold for all "
@@ -228,8 +272,7 @@ def _mutates(node: fx.Node) -> bool:
 def _check(root: fx.GraphModule) -> None:
     for node in root.graph.nodes:
         if _mutates(node):
-            target = node.args[0] if node.args else None
-            if isinstance(target, fx.Node) and target.op == "placeholder":
+            if _changes_input(node):
                 raise MutationError(
                     f"the step changes one of its inputs or buffers in place ({node.target}), at {location(node)}. "
                     "Return the new value as part of the state instead."

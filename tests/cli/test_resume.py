@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs_common import TINY, Command, assert_same, content, write_text
 
 from elman.checkpoint import RunDirectory, load_tensors
-from runs_common import TINY, Command, assert_same, command, content, text, write_text  # noqa: F401 (fixtures)
 
 EVERYTHING = [*TINY, "--set", "report.save_seconds=0", "--log-every", "3", "--quiet"]
 SHORT = [*EVERYTHING, "--steps", "9", "--validate-every", "4"]

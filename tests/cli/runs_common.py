@@ -36,19 +36,6 @@ class Command:
         return Outcome(int(ended.value.code or 0), out, err)
 
 
-@pytest.fixture
-def command(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Command:
-    monkeypatch.setenv("ELMAN_CACHE", str(tmp_path / "cache"))
-    return Command(capsys)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_text(tmp_path / "text.txt")
-
-
 def write_text(path: Path, words: int = 700) -> Path:
     draw = random.Random(1)
     path.write_text(" ".join(draw.choice(WORDS) for _ in range(words)), encoding="utf-8")

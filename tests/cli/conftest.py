@@ -1,0 +1,19 @@
+"""The command in this process, with a cache of its own, and a small text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs_common import Command, write_text
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setenv("ELMAN_CACHE", str(tmp_path / "cache"))
+    return Command(capsys)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.txt")

@@ -1,0 +1,95 @@
+"""The language model as a function: causal, streaming, tied, with dropout where it belongs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from elman.cells import make_cell
+from elman.errors import InputError
+from elman.networks import LanguageModel
+
+VOCAB, EMBEDDING, HIDDEN, STEPS, BATCH = 11, 5, 7, 6, 3
+
+
+def build(cell: str = "lstm", layers: int = 2, **options: object) -> LanguageModel:
+    widths = [EMBEDDING] + [HIDDEN] * (layers - 1)
+    return LanguageModel(VOCAB, EMBEDDING, [make_cell(cell, width, HIDDEN) for width in widths], **options)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCAB, (STEPS, BATCH))
+
+
+@pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_chunk_at_a_time_and_a_step_at_a_time_is_the_whole(
+    cell: str, tie: bool, tokens: torch.Tensor
+) -> None:
+    model = build(cell, tie=tie).double().eval()
+    whole, end = model(tokens)
+    assert whole.shape == (STEPS, BATCH, VOCAB)
+    first, state = model(tokens[:2])
+    second, last = model(tokens[2:], state)
+    torch.testing.assert_close(torch.cat([first, second]), whole)
+    state, steps = model.initial_state(BATCH), []
+    for token in tokens:
+        logits, state = model.step(token, state)
+        steps.append(logits)
+    torch.testing.assert_close(torch.stack(steps), whole)
+    for other in (last, state):
+        torch.testing.assert_close(pytree.tree_leaves(other), pytree.tree_leaves(end))
+
+
+def test_predictions_do_not_see_the_future_or_other_rows(tokens: torch.Tensor) -> None:
+    model = build().eval()
+    changed = tokens.clone()
+    changed[3, 1] = (changed[3, 1] + 1) % VOCAB
+    same = (model(tokens)[0] == model(changed)[0]).all(-1)
+    assert same[:3].all()
+    assert same[:, [0, 2]].all()
+    assert not same[3:, 1].any()
+
+
+def test_tying_shares_one_matrix(tokens: torch.Tensor) -> None:
+    tied, untied = build(tie=True), build()
+    assert tied.weight_out is None
+    assert tied.narrow is not None
+    assert tied.narrow.weight.shape == (EMBEDDING, HIDDEN)
+    assert untied.weight_out is not None
+    assert untied.weight_out.shape == (VOCAB, HIDDEN)
+    tied(tokens)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in tied.parameters())
+
+
+def test_logits_of_a_new_model_are_small(tokens: torch.Tensor) -> None:
+    for tie in (False, True):
+        assert build(tie=tie)(tokens)[0].abs().max() < 2
+
+
+@pytest.mark.parametrize("place", ["input", "between", "output"])
+def test_each_dropout_acts_in_training_only(place: str, tokens: torch.Tensor) -> None:
+    model = build(**{f"dropout_{place}": 0.5})
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    model.eval()
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+def test_a_cell_that_does_not_say_how_wide_it_is() -> None:
+    class Wide(nn.Module):
+        def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(batch, 1, device=device, dtype=dtype)
+
+        def forward(self, x: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.cat([x, x, s], -1), s + 1
+
+    model = LanguageModel(VOCAB, EMBEDDING, [Wide(), make_cell("gru", 2 * EMBEDDING + 1, HIDDEN)])
+    assert model(torch.zeros(2, 1, dtype=torch.int64))[0].shape == (2, 1, VOCAB)
+
+
+def test_no_layers() -> None:
+    with pytest.raises(InputError, match="at least one layer"):
+        LanguageModel(VOCAB, EMBEDDING, [])
