@@ -91,7 +91,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             exec(compile("\n" * line + text, str(page), "exec"), names)
         elif language == "pycon":
             session = doctest.DocTestParser().get_doctest(text, names, page.name, str(page), line)
-            runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+            runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
             report: list[str] = []
             runner.run(session, out=report.append, clear_globs=False)
             assert not runner.failures, "".join(report)

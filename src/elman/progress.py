@@ -111,12 +111,12 @@ class Reporter:
         parts = [
             f"step {at.step:,}{of}",
             f"{100 * at.fraction:.0f}%",
+            f"{duration(left)} left" if left is not None else "",
             f"loss {at.loss:.4f}",
             f"{at.bits:.3f} bpc",
             f"gradient {at.norm:.2f}",
             f"{self._speed:,.0f} tokens/s" if self._speed else "",
             f"{at.skipped} skipped" if at.skipped else "",
-            f"{duration(left)} left" if left is not None else "",
         ]
         return "  ".join(part for part in parts if part)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from .errors import CellError, StateError
@@ -71,8 +72,11 @@ class Protocol:
         self.cell, self.xs, self.state, self.constants, self.record = cell, xs, state, constants, record
         self.y: Tree | None = None
 
-    def step(self, parameters: dict[str, Tensor] | None) -> Callable[..., Any]:
-        """``(xs, state, constants) -> (ys, next state, recorded)``; afterwards ``y`` knows the structure of the output."""
+    def step(self, parameters: dict[str, Tensor] | None, replaced: list[str] | None = None) -> Callable[..., Any]:
+        """``(xs, state, constants) -> (ys, next state, recorded)``; afterwards ``y`` knows the structure of the output.
+
+        Names of buffers that the step assigned anew are added to ``replaced``.
+        """
         cell, plain = self.cell, type(self.cell) in _TORCH_CELLS
 
         def one(xs: list[Tensor], state: list[Tensor], constants: list[Tensor]) -> Any:
@@ -83,7 +87,10 @@ class Protocol:
                 if parameters is None:
                     result = cell(*args)
                 else:
-                    result = torch.func.functional_call(cell, parameters, tuple(args))
+                    with _reparametrize_module(cell, parameters, tie_weights=True):
+                        result = cell(*args)
+                        if replaced is not None:
+                            replaced.extend(n for n, b in cell.named_buffers() if b is not parameters.get(n))
             y, new = (_output(result), result) if plain else self._pair(result)
             self.y = Tree(y)
             return self.y.leaves, self._carry(Tree(new), state), dict(recorded)

@@ -169,8 +169,9 @@ def unfold(
     except UnfoldError as error:
         if backend != "auto" or (isinstance(error, MixedRowsError) and not rows.uniform):
             raise
+        result = _by_reference(protocol, rows, constant_leaves, given, reverse)  # a wrong step raises here
         _warn_once(cell, error)
-        return _by_reference(protocol, rows, constant_leaves, given, reverse)
+        return result
 
 
 def prepare(

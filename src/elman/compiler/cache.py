@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import CellError, MutationError, UnfoldError
 from ..protocol import Protocol
 from .compiled import Compiled
-from .key import ambient, fingerprint
+from .key import MODULE_INTERNALS, ambient, fingerprint
 from .trace import Leaf, perturb, trace
 
 __all__ = ["Signature", "program_of"]
@@ -89,7 +89,14 @@ def _trace(protocol: Protocol, signature: Signature) -> Compiled:
 
     def function(xs: list[Tensor], state: list[Tensor], weights: list[Tensor]) -> Any:
         parameters = dict(zip(signature.names, weights, strict=False))
-        ys, new, recorded = protocol.step(parameters)(xs, state, weights[count:])
+        replaced: list[str] = []
+        with _Untouched(protocol.cell):
+            ys, new, recorded = protocol.step(parameters, replaced)(xs, state, weights[count:])
+        if replaced:
+            raise MutationError(
+                f"the step assigns its buffer {replaced[0]!r} anew, which one traced program cannot follow. Return "
+                "the new value as part of the state instead."
+            )
         for i, y in enumerate(ys):
             if y.dim() == 0 or y.shape[0] != xs[0].shape[0]:
                 raise CellError(
@@ -99,8 +106,7 @@ def _trace(protocol: Protocol, signature: Signature) -> Compiled:
         states = {f"state {i}": leaf for i, leaf in enumerate(new)} if protocol.record else {}
         return ys, new, {**recorded, **states}
 
-    with _Untouched(protocol.cell):
-        step = trace(function, signature.xs, signature.state, [*signature.parameters, *signature.constants])
+    step = trace(function, signature.xs, signature.state, [*signature.parameters, *signature.constants])
     if protocol.record:
         perturb(step)
     _give_names(step, signature)
@@ -127,24 +133,44 @@ class _Untouched:
 
     def __enter__(self) -> None:
         self.before = {part: dict(part.__dict__) for part in self.cell.modules()}
+        own = (v for attributes in self.before.values() for k, v in attributes.items() if k not in MODULE_INTERNALS)
+        self.contents: list[tuple[Any, Any]] = []
+        for value in own:
+            self._remember(value)
         self.key = fingerprint(self.cell)
+
+    def _remember(self, value: Any) -> None:
+        if isinstance(value, (list, dict, set)):
+            self.contents.append((value, value.copy()))
+            for inner in value.values() if isinstance(value, dict) else value:
+                self._remember(inner)
 
     def __exit__(self, kind: Any, value: Any, stack: Any) -> None:
         changed = kind is None and fingerprint(self.cell) != self.key
         names = []
         for part, attributes in self.before.items():
             now = part.__dict__
-            names += [
-                f"{type(part).__name__}.{k}" for k, v in now.items() if k not in attributes or attributes[k] is not v
-            ]
-            if names:
+            touched = [k for k in now if k not in attributes or attributes[k] is not now[k]]
+            touched += [k for k, v in attributes.items() if any(v is c and c != was for c, was in self.contents)]
+            names += [f"{type(part).__name__}.{k}" for k in touched]
+            if touched:
                 now.clear()
                 now.update(attributes)
+        for container, was in self.contents:
+            _put_back(container, was)
         if changed:
             raise MutationError(
-                f"the step changes Python state of its module ({', '.join(names) or 'inside a container'}), which "
-                "one traced program cannot follow. Carry it as a tensor in the state, or count outside the step."
+                f"the step changes Python state of its module ({', '.join(names) or 'inside an object'}), which one "
+                "traced program cannot follow. Carry it as a tensor in the state, or count outside the step."
             )
+
+
+def _put_back(container: Any, was: Any) -> None:
+    if isinstance(container, list):
+        container[:] = was
+    else:
+        container.clear()
+        container.update(was)
 
 
 def forget() -> None:

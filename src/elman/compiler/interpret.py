@@ -185,7 +185,9 @@ class _Writer:
         name = self.fresh(f"{node.name}_all")
         if node in self.step.state:
             i = self.step.state.index(node)
-            if i in self.wide:
+            if self.step.next[i] is node:
+                self.line(f"{name} = over_rows({self.fixed[node]}, rows, 0)")
+            elif i in self.wide:
                 self.line(f"{name} = {self.wide[i]}[B:] if reverse else {self.wide[i]}[:N]")
             else:
                 after = self._result(self.step.next[i])
@@ -246,6 +248,8 @@ class _Writer:
         for i, node in enumerate(step.next):
             if i in self.finals:
                 finals.append(self.finals[i])
+            elif node is step.state[i]:
+                finals.append(f"{self.fixed[node]}.clone()")
             else:
                 finals.append(f"final({self._result(node)}, {self.fixed[step.state[i]]}, rows, reverse)")
         kept = [f"{name!r}: {self._result(node)}" for name, node in step.kept.items()]

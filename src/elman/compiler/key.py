@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ambient", "fingerprint"]
+__all__ = ["MODULE_INTERNALS", "ambient", "fingerprint"]
 
-_MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_forward_hooks", "_forward_pre_hooks"}
+MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_forward_hooks", "_forward_pre_hooks"}
 _PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, type, range)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, torch._C.Generator)
 
@@ -67,10 +67,10 @@ def fingerprint(module: nn.Module) -> Hashable:
         own = [
             (key, _freeze(value))
             for key, value in part.__dict__.items()
-            if key not in _MODULE_INTERNALS and not (hooked and isinstance(value, Tensor))
+            if key not in MODULE_INTERNALS and not (hooked and isinstance(value, Tensor))
         ]
         hooks = (*map(_Identity, part._forward_pre_hooks.values()), *map(_Identity, part._forward_hooks.values()))
-        found.append((name, type(part), part.training, *own, *hooks))
+        found.append((name, type(part), type(part).forward, part.training, *own, *hooks))
     return tuple(found)
 
 

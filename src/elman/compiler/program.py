@@ -124,7 +124,12 @@ def partition(step: Step) -> Program:
     reads = _state_reads(step, nodes)
     components = _components([reads[n] for n in step.next])
     owner = {i: c for c, members in enumerate(components) for i in members}
-    cyclic = {c for c, members in enumerate(components) if len(members) > 1 or members[0] in reads[step.next[members[0]]]}
+    cyclic = {
+        c
+        for c, members in enumerate(components)
+        if len(members) > 1
+        or (members[0] in reads[step.next[members[0]]] and step.next[members[0]] is not step.state[members[0]])
+    }
 
     loop_of: dict[fx.Node, int] = {}
     for c in cyclic:
@@ -213,6 +218,8 @@ def _stages(
         """The first segment in which the values of ``node``, for all steps, are there."""
         if node in leaf:
             c = owner[leaf[node]]
+            if step.next[leaf[node]] is node:  # never changes
+                return 0
             return loop_stage(c) + 1 if c in cyclic else after(step.next[leaf[node]])
         if node in loop_of:
             return loop_stage(loop_of[node]) + 1

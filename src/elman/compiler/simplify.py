@@ -68,7 +68,7 @@ def _replace(step: Step, node: fx.Node, by: fx.Node) -> None:
 def _own_next(step: Step) -> None:
     """A state that takes over another one as it is becomes a value of its own."""
     for i, node in enumerate(step.next):
-        if node in step.state:
+        if node in step.state and node is not step.state[i]:
             with step.graph.inserting_after(_last_placeholder(step)):
                 step.next[i] = _make(step, aten.clone.default, (node,), node)
 
@@ -144,49 +144,61 @@ def _join_slices(step: Step) -> None:
 
 
 def _order_sums(step: Step) -> None:
-    """Add first what depends on no state; then each product with addmm."""
-    moving: set[fx.Node] = set(step.state)
-    for node in step.graph.nodes:
-        if any(n in moving for n in node.all_input_nodes):
-            moving.add(node)
+    """Add first what is known first: what depends on no state, then what earlier loops give; products with addmm."""
+    depth = _depths(step)
     ends = set(step.outputs())
     for root in _roots(step, ends):
         terms = _terms(root, ends)
         value = root.meta["val"]
-        if any(t.meta["val"].dtype != value.dtype for t in terms) or not any(t in moving for t in terms):
+        if len(terms) < 2 or any(t.meta["val"].dtype != value.dtype for t in terms) or not depth(root):
             continue
-        fixed: list[fx.Node] = []
-        products: list[tuple[Any, Any]] = []
-        others: list[fx.Node] = []
+        parts: list[tuple[int, int, int, tuple[Any, ...]]] = []
         for term in terms:
             single = len(term.users) == 1 and term not in ends and term.meta["val"].shape == value.shape
-            if term not in moving:
-                fixed.append(term)
-            elif single and term.target is aten.addmm.default and not term.kwargs and term.args[0] not in moving:
-                fixed.append(term.args[0])  # type: ignore[arg-type]
-                products.append(term.args[1:])  # type: ignore[arg-type]
+            if single and term.target is aten.addmm.default and not term.kwargs:
+                bias, *factors = term.args
+                parts.append((depth(bias), 0, -bias.meta["val"].numel(), (bias,)))  # type: ignore[union-attr,arg-type]
+                parts.append((max(map(depth, factors)), 1, 0, tuple(factors)))  # type: ignore[arg-type]
             elif single and term.target is aten.mm.default:
-                products.append(term.args)  # type: ignore[arg-type]
+                parts.append((depth(term), 1, 0, tuple(term.args)))
             else:
-                others.append(term)
-        if not products and len(fixed) < 2:
+                # The widest first, so that a partial sum has the full shape as early as possible.
+                parts.append((depth(term), 0, -term.meta["val"].numel(), (term,)))
+        if len(parts) == len(terms) == 2 and all(len(p[3]) == 1 for p in parts):
             continue
-        # The widest first, so that every partial sum has the full shape as early as possible.
-        fixed.sort(key=lambda t: -t.meta["val"].numel())
+        parts.sort(key=lambda part: part[:3])
         with step.graph.inserting_before(root):
             total: fx.Node | None = None
-            for term in [*fixed, *others]:
-                total = term if total is None else _add(step, total, term, root)
-            for left, right in products:
-                if total is not None and total.meta["val"].shape == value.shape:
-                    total = _make(step, aten.addmm.default, (total, left, right), root)
-                else:
-                    product = _make(step, aten.mm.default, (left, right), root)
-                    total = product if total is None else _add(step, total, product, root)
+            for _, _, _, factors in parts:
+                total = _accumulate(step, total, factors, root)
         assert total is not None
         _replace(step, root, total)
-        if any(n in moving for n in terms):
-            moving.add(total)
+
+
+def _accumulate(step: Step, total: fx.Node | None, factors: tuple[Any, ...], root: fx.Node) -> fx.Node:
+    if len(factors) == 1:
+        return factors[0] if total is None else _add(step, total, factors[0], root)
+    if total is not None and total.meta["val"].shape == root.meta["val"].shape:
+        return _make(step, aten.addmm.default, (total, *factors), root)
+    product = _make(step, aten.mm.default, factors, root)
+    return product if total is None else _add(step, total, product, root)
+
+
+def _depths(step: Step) -> Any:
+    """How many state leaves a node depends on, through earlier steps too: less is known earlier."""
+    reads: dict[fx.Node, frozenset[int]] = {n: frozenset([i]) for i, n in enumerate(step.state)}
+
+    def read(node: fx.Node) -> frozenset[int]:
+        if node not in reads:
+            reads[node] = frozenset().union(*(read(n) for n in node.all_input_nodes))
+        return reads[node]
+
+    for node in step.graph.nodes:
+        read(node)
+    reach = {i: read(n) | {i} for i, n in enumerate(step.next)}
+    for _ in reach:
+        reach = {i: seen.union(*(reach[j] for j in seen)) for i, seen in reach.items()}
+    return lambda node: len(frozenset().union(*(reach[i] for i in read(node))))
 
 
 def _add(step: Step, left: fx.Node, right: fx.Node, like: fx.Node) -> fx.Node:

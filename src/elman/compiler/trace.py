@@ -29,6 +29,7 @@ from ..errors import (
     CapturedTensorError,
     DataDependentError,
     ElmanError,
+    MixedRowsError,
     MutationError,
     UnsupportedError,
 )
@@ -59,6 +60,14 @@ _KEPT_WHOLE = (
     aten.softplus_backward.default,
     aten.elu_backward.default,
     aten.embedding_dense_backward.default,
+)
+
+
+_TAKEN_APART = (
+    aten.native_dropout,
+    aten.native_batch_norm,
+    aten._native_batch_norm_legit_no_training,
+    aten.native_group_norm,
 )
 
 
@@ -104,7 +113,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table = dict(core_aten_decompositions())
     for op in _KEPT_WHOLE:
         table.pop(op, None)
-    table.update(get_decompositions([aten.native_dropout]))
+    table.update(get_decompositions(_TAKEN_APART))
     return table
 
 
@@ -159,10 +168,44 @@ def trace(
     dims = [n for leaf in leaves for n in leaf.shape]
     first, second = [p for p in _PRIMES if all(n % p or not n for n in dims)][:2]
     step = _trace_at(first, function, xs, state, weights)
-    other = _trace_at(second, function, xs, state, weights)
-    _compare(step, other)
+    _check_autograd(function, xs, state, weights, first)
+    _compare(step, _trace_at(second, function, xs, state, weights))
+    for small in (1, 2):
+        _compare_lines(step, _trace_at(small, function, xs, state, weights))
     _draws_become_inputs(step)
     return step
+
+
+def _check_autograd(function: Callable[..., Any], xs: Any, state: Any, weights: Any, unit: int) -> None:
+    """Refuse gradients that are not those of the step's operations: a user's own Function, or a hook."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def outputs(learned: int) -> list[Tensor]:
+        inputs = [[fake(mode, leaf, unit) for leaf in part] for part in (xs, state, weights)]
+        for leaf in (leaf for part in inputs[:learned] for leaf in part if leaf.is_floating_point()):
+            leaf.requires_grad_()
+        with mode, torch.enable_grad(), _Watch():
+            ys, new, _ = function(*inputs)
+        return [*ys, *new]
+
+    try:
+        ends = outputs(3)
+    except RuntimeError:  # a buffer among the weights that must not require gradients
+        with _translated():
+            ends = outputs(2)
+    stack = [out.grad_fn for out in ends]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise UnsupportedError(
+                f"the step calls a torch.autograd.Function with a gradient of its own ({type(node).__name__}), which "
+                "the derivative, taken from ATen operations, would not follow. Write it with ordinary operations."
+            )
+        stack.extend(parent for parent, _ in node.next_functions)
 
 
 def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weights: Any) -> Step:
@@ -197,14 +240,18 @@ def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weig
     )
 
 
-class _NoGradSeen(TorchFunctionMode):
-    """Refuses a step that switches gradients off inside itself: an ATen graph does not show it."""
+class _Watch(TorchFunctionMode):
+    """Refuses what an ATen graph does not show: gradients switched off, or changed by a hook, inside the step."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and not args[0]:
-            line = _user_line("".join(traceback.format_stack()))
-            raise UnsupportedError(f"the step switches gradients off, at {line}. Use .detach() on the values instead.")
-        return func(*args, **(kwargs or {}))
+            what, instead = "switches gradients off", "Use .detach() on the values instead"
+        elif func is Tensor.register_hook:
+            what, instead = "registers a hook on a tensor", "Register it on what scan returns, or on a parameter"
+        else:
+            return func(*args, **(kwargs or {}))
+        line = _user_line("".join(traceback.format_stack()))
+        raise UnsupportedError(f"the step {what}, at {line}. {instead}.")
 
 
 def functional(function: Callable[..., Any], inputs: list[Tensor]) -> fx.GraphModule:
@@ -213,6 +260,12 @@ def functional(function: Callable[..., Any], inputs: list[Tensor]) -> fx.GraphMo
     Inputs that the function itself changes stay visible as copy_ to a placeholder.
     """
     root = make_fx(function, decomposition_table=decompositions(), record_stack_traces=True)(*inputs)
+    for node in root.graph.nodes:
+        if _mutates(node) and _changes_input(node):
+            raise MutationError(
+                f"the step changes one of its inputs or buffers in place ({node.target}), at {location(node)}. "
+                "Return the new value as part of the state instead."
+            )
     if any(_mutates(node) for node in root.graph.nodes):
         again = torch.func.functionalize(fx.Interpreter(root).run, remove="mutations")
         with fx.traceback.preserve_node_meta():
@@ -243,22 +296,34 @@ def _changes_input(node: fx.Node) -> bool:
 
 
 def _traced(function: Callable[..., Any], mode: FakeTensorMode, inputs: list[Tensor]) -> fx.GraphModule:
+    with _translated(), mode, torch.enable_grad(), _Watch():
+        return functional(function, inputs)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What tracing cannot follow becomes an UnfoldError that says so, with the user's line."""
     try:
-        with mode, torch.enable_grad(), _NoGradSeen():
-            return functional(function, inputs)
+        yield
+    except ElmanError:
+        raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise DataDependentError(
             "the step takes a decision or a shape from the value of a tensor, so one program cannot hold for all "
             f"steps, at {_raised_at(error)}. Use torch.where instead of a Python branch."
         ) from error
-    except RuntimeError as error:
+    except Exception as error:  # whatever a user's step may raise; the plain loop shows it as it is
         text = str(error)
-        if "tracing tensor" in text or "data-dependent" in text or "non-fake" in text.lower():
+        if any(sign in text for sign in ("tracing tensor", "data-dependent", ".numpy()", "memory address", "fake tensor")):
             raise DataDependentError(
                 f"the step reads the value of a tensor in Python, at {_raised_at(error)}. Keep it a tensor: use "
-                "torch.where instead of a branch, and tensor operations instead of .item()."
+                "torch.where instead of a branch, and tensor operations instead of .item() or .numpy()."
             ) from error
-        raise
+        first = text.splitlines()[0] if text else ""
+        raise UnsupportedError(
+            f"the step cannot be traced for a batch of any size, at {_raised_at(error)} "
+            f"({type(error).__name__}: {first}). If the plain loop raises too, the step itself is at fault."
+        ) from error
 
 
 def _raised_at(error: BaseException) -> str:
@@ -301,8 +366,36 @@ def _compare(step: Step, other: Step) -> None:
     for mine, theirs in pairs:
         agree = same and mine.target == theirs.target and _alike(mine, theirs, step.unit, other.unit)
         if not agree:
-            raise UnsupportedError(
-                f"what the step does depends on the size of the batch ({mine.target}), at {location(mine)}. "
+            raise _batch_dependent(mine)
+        _check_numbers(mine, step.unit)
+
+
+def _batch_dependent(node: fx.Node) -> MixedRowsError:
+    return MixedRowsError(
+        f"what the step does depends on the size of the batch ({node.target}), at {location(node)}. "
+        "Let every row be computed the same way, whatever the batch."
+    )
+
+
+def _check_numbers(node: fx.Node, unit: int) -> None:
+    """The size of the batch may be part of a shape; as a number to compute with it would mix the rows."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    schema = node.target._schema.arguments
+    given = [*zip(schema, node.args, strict=False), *((a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs)]
+    for argument, value in given:
+        if batch_multiple(value, unit) and "SymInt" not in str(argument.real_type):
+            raise _batch_dependent(node)
+
+
+def _compare_lines(step: Step, other: Step) -> None:
+    """With one row, and with two, the step must run the same lines of the user's code."""
+    mine = list(dict.fromkeys(location(n) for n in step.graph.nodes if n.op == "call_function"))
+    theirs = list(dict.fromkeys(location(n) for n in other.graph.nodes if n.op == "call_function"))
+    for line in [*mine, *theirs]:
+        if (line in mine) != (line in theirs):
+            raise MixedRowsError(
+                f"the step runs other lines for a batch of {other.unit} than for a large one, at {line}. "
                 "Let every row be computed the same way, whatever the batch."
             )
 
@@ -360,6 +453,9 @@ def _check_draw(node: fx.Node, unit: int) -> None:
         )
 
 
+_DRAW_OPTIONS = ("low", "high", "p", "mean", "std", "from", "to", "lambd", "generator")
+
+
 def _recipe(node: fx.Node, unit: int) -> Callable[[int, torch.device], Tensor]:
     """A function of the number of rows that makes this draw; tensor arguments count for their shape alone."""
     op = node.target
@@ -369,12 +465,12 @@ def _recipe(node: fx.Node, unit: int) -> Callable[[int, torch.device], Tensor]:
     rest = [a for a in node.args if not isinstance(a, (fx.Node, list, tuple))]
     like = bool(node.args) and isinstance(node.args[0], fx.Node)
     base = {"rand_like": "rand", "randn_like": "randn"}.get(op._schema.name.split("::")[1], "")  # type: ignore[union-attr]
-    values = {k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node) and k in ("low", "high", "p", "mean", "std", "from", "to", "lambd")}
+    values = {k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node) and k in _DRAW_OPTIONS}
 
     def draw(rows: int, where: torch.device | None = None) -> Tensor:
         size = (rows, *shape)
         if base:
-            return getattr(torch, base)(size, dtype=dtype, device=where or device)
+            return getattr(torch, base)(size, dtype=dtype, device=where or device, **values)
         if like:
             return op(torch.empty(size, dtype=dtype, device=where or device), *rest, **values)  # type: ignore[operator]
         options = {"dtype": dtype, "device": where or device}
