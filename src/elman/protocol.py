@@ -20,7 +20,14 @@ from .types import Pytree
 
 __all__ = ["Protocol", "Tree", "initial_state"]
 
-_TENSOR = "tensor"
+
+class _Word(str):
+    """A string that is its own repr."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class Tree:
@@ -44,6 +51,10 @@ class Tree:
             return leaves[0]
         tensors = iter(leaves)
         return pytree.tree_unflatten([next(tensors) if o is None else o[0] for o in self.others], self.spec)
+
+    def described(self) -> str:
+        """``(tensor, tensor)``"""
+        return repr(self.rebuild([_Word("tensor")] * len(self.leaves)))
 
     @property
     def structure(self) -> Any:
@@ -93,6 +104,12 @@ class Protocol:
                             replaced.extend(n for n, b in cell.named_buffers() if b is not parameters.get(n))
             y, new = (_output(result), result) if plain else self._pair(result)
             self.y = Tree(y)
+            for i, leaf in enumerate(self.y.leaves):
+                if leaf.dim() == 0 or leaf.shape[0] != xs[0].shape[0]:
+                    raise CellError(
+                        f"{type(cell).__name__} returns a y whose leaf {i} does not start with the batch dimension: "
+                        f"{tuple(leaf.shape)}. Every leaf of y must be (B, …)."
+                    )
             return self.y.leaves, self._carry(Tree(new), state), dict(recorded)
 
         return one
@@ -111,8 +128,8 @@ class Protocol:
         name = type(self.cell).__name__
         if new.structure != self.state.structure or len(new.leaves) != len(old):
             raise StateError(
-                f"{name} returned a state of another structure than it was given: {new.spec or 'a tensor'} instead "
-                f"of {self.state.spec or 'a tensor'}."
+                f"{name} returned a state of another structure than it was given: {new.described()} instead of "
+                f"{self.state.described()}."
             )
         carried = []
         for i, (after, before) in enumerate(zip(new.leaves, old, strict=True)):

@@ -58,9 +58,10 @@ class Recording:
         flat = [leaf for leaves in self._handles for leaf in leaves if leaf.requires_grad]
         if not loss.requires_grad or not flat:
             raise InputError("the loss does not depend on what this scan computed, so its states have no adjoint.")
-        found = dict(
-            zip(map(id, flat), torch.autograd.grad(loss, flat, retain_graph=retain_graph, allow_unused=True), strict=True)
-        )
+        gradients = torch.autograd.grad(loss, flat, retain_graph=retain_graph, allow_unused=True)
+        if all(g is None for g in gradients):
+            raise InputError("the loss does not depend on what this scan computed, so its states have no adjoint.")
+        found = dict(zip(map(id, flat), gradients, strict=True))
         grads = [[found.get(id(leaf)) for leaf in leaves] for leaves in self._handles]
         joined = [
             torch.cat([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gs, strict=True)])
@@ -153,7 +154,8 @@ def unfold(
     """
     if backend not in BACKENDS:
         raise OptionError.unknown("backend", str(backend), BACKENDS)
-    if not (remat is None or remat == "auto" or (isinstance(remat, int) and remat > 0)):
+    whole = isinstance(remat, int) and not isinstance(remat, bool) and remat > 0
+    if not (remat is None or remat == "auto" or whole):
         raise OptionError(f"remat must be None, 'auto' or a positive number of steps; got {remat!r}.")
     given = None if parameters is None else dict(parameters)
     protocol, constant_leaves = prepare(cell, rows, xs, state, constants, record, given)
@@ -167,9 +169,12 @@ def unfold(
         program = program_of(protocol, Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, own))
         return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat)
     except UnfoldError as error:
-        if backend != "auto" or (isinstance(error, MixedRowsError) and not rows.uniform):
+        wrong = isinstance(error, MixedRowsError) and not rows.uniform
+        if error.__cause__ is None and (backend != "auto" or wrong):
             raise
-        result = _by_reference(protocol, rows, constant_leaves, given, reverse)  # a wrong step raises here
+        result = _by_reference(protocol, rows, constant_leaves, given, reverse)  # a step that is wrong raises here
+        if backend != "auto" or wrong:
+            raise
         _warn_once(cell, error)
         return result
 
@@ -245,6 +250,9 @@ def _by_reference(
     def one(xs: list[Tensor], state: list[Tensor], here: list[Tensor]) -> Any:
         ys, new, recorded = step(xs, state, here)
         names[:] = list(recorded)
+        if protocol.record:  # a state that is handed through must be told apart from what it was
+            given = {id(leaf) for leaf in (*xs, *state)}
+            new = [s.view_as(s) if id(s) in given else s for s in new]
         return [*ys, *recorded.values()], new
 
     outs, final, after = reference.unfold(one, rows, protocol.xs.leaves, protocol.state.leaves, constants, reverse)
@@ -269,12 +277,14 @@ def _by_program(
     xs = [*xs, *(h for h in handles if h.is_floating_point())]
     counts = (len(xs), len(state), len(weights), len(draws))
     call = Call(program, rows, reverse, chunk_length(remat, rows.steps), counts, device)
-    ys, final, kept = run(call, [*xs, *state, *weights, *draws])
-    result = (program.y.rebuild(ys), protocol.state.rebuild(final))
+    ys, final = run(call, [*xs, *state, *weights, *draws])
+    n = len(program.y.leaves)
+    result = (program.y.rebuild(ys[:n]), protocol.state.rebuild(final))
     if not protocol.record:
         return result
-    states = [kept.pop(f"state {i}") for i in range(len(state))]
-    return (*result, _recording(protocol, rows, kept, states, [[h] for h in handles]))
+    values = dict(zip(program.recorded, ys[n:], strict=False))
+    states = ys[n + len(values) :]
+    return (*result, _recording(protocol, rows, values, states, [[h] for h in handles]))
 
 
 def _perturbations(rows: Rows, state: list[Tensor]) -> list[Tensor]:

@@ -52,22 +52,30 @@ class Call:
         return found[::-1] if self.reverse else found
 
 
-def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor], dict[str, Tensor]]:
-    """Run a compiled step over all its rows: (ys, final state, kept), differentiable."""
+def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Run a compiled step over all its rows: (ys, final state), differentiable."""
     if torch.is_autocast_enabled(call.device.type):  # casts are part of the program
         with torch.autocast(call.device.type, enabled=False):
             return run(call, tensors)
-    step = call.compiled.step
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         flat = Unfold.apply(call, *tensors)
     else:
-        flat = _flat(call, *_run_forward(call, None, call.parts(tensors))[:3])
-    a, b = len(step.ys), len(step.ys) + len(step.next)
-    return list(flat[:a]), list(flat[a:b]), dict(zip(step.kept, flat[b:], strict=True))
+        ys, final, _, _ = _run_forward(call, None, call.parts(tensors))
+        flat = _apart([*ys, *final], tensors)
+    count = len(call.compiled.step.ys)
+    return list(flat[:count]), list(flat[count:])
 
 
-def _flat(call: Call, ys: list[Any], final: list[Tensor], kept: dict[str, Tensor]) -> tuple[Any, ...]:
-    return (*ys, *final, *(kept[name] for name in call.compiled.step.kept))
+def _apart(outputs: list[Tensor], given: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+    """Results that share no memory with what was given, nor with one another."""
+    seen = {t.untyped_storage()._cdata for t in given}
+    found = []
+    for out in outputs:
+        if out.untyped_storage()._cdata in seen:
+            out = out.clone()
+        seen.add(out.untyped_storage()._cdata)
+        found.append(out)
+    return found
 
 
 def _run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:
@@ -99,21 +107,13 @@ class Unfold(torch.autograd.Function):
         a, b = len(xs), len(xs) + len(state)
         rule = call.compiled.derivative(tuple(needs[:a]), tuple(needs[b : b + len(weights)]))
         ys, final, kept, starts = _run_forward(call, rule, parts)
-        outputs = _flat(call, ys, final, kept)
-        given = {id(t) for t in tensors}
-        seen: set[int] = set()
-        fresh = []
-        for out in outputs:
-            if out is not None and (id(out) in given or id(out) in seen):
-                out = out.clone()
-            seen.add(id(out))
-            fresh.append(out)
+        fresh = _apart([*ys, *final], tensors)
         ctx.call, ctx.rule = call, rule
         ctx.starts = len(starts)
         extra = [] if call.chunk else [kept[name] for kind, name in rule.rule.reads if kind == "kept"]
         ctx.extra = len(extra)
         ctx.save_for_backward(*tensors, *extra, *(s for start in starts[1:] for s in start))
-        ctx.mark_non_differentiable(*(o for o in fresh if o is not None and not o.is_floating_point()))
+        ctx.mark_non_differentiable(*(o for o in fresh if not o.is_floating_point()))
         return tuple(fresh)
 
     @staticmethod
@@ -186,7 +186,7 @@ def _differentiable_backward(call: Call, needs: Any, tensors: Any, grads: Any) -
     with torch.enable_grad():
         inputs = [t if need else t.detach() for t, need in zip(tensors, needs, strict=True)]
         outputs = plain(call, inputs)
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and o.requires_grad]
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         heads, tails = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(heads, wanted, tails, create_graph=True, allow_unused=True))
@@ -198,19 +198,16 @@ def plain(call: Call, tensors: list[Tensor]) -> tuple[Any, ...]:
     xs, state, weights, draws = call.parts(tensors)
     step, function = call.compiled.step, call.compiled.plain
     where = [next((d for d, n in enumerate(w.meta["val"].shape) if batch_multiple(n, step.unit)), None) for w in step.weights]
-    names = list(step.kept)
 
     def one(leaves: list[Tensor], s: list[Tensor], constants: list[Tensor]) -> Any:
         mine = iter(constants)
         here = [w if d is None else next(mine).movedim(0, d) for w, d in zip(weights, where, strict=True)]
-        ys, new, kept = function(leaves[0].shape[0], leaves[: len(xs)], s, here, leaves[len(xs) :])
-        return [*(y for y in ys if y is not None), *(kept[name] for name in names)], new
+        ys, new, _ = function(leaves[0].shape[0], leaves[: len(xs)], s, here, leaves[len(xs) :])
+        return ys, new
 
     constants = [w.movedim(d, 0) for w, d in zip(weights, where, strict=True) if d is not None]
-    outs, final, _ = reference.unfold(one, call.rows, [*xs, *draws], state, constants, call.reverse)
-    present = iter(outs)
-    ys = [None if y is None else next(present) for y in step.ys]
-    return (*ys, *final, *present)
+    ys, final, _ = reference.unfold(one, call.rows, [*xs, *draws], state, constants, call.reverse)
+    return (*ys, *final)
 
 
 def chunk_length(remat: int | str | None, steps: int) -> int | None:

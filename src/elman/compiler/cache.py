@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import CellError, MutationError, UnfoldError
+from ..errors import MutationError, UnfoldError
 from ..protocol import Protocol
 from .compiled import Compiled
 from .key import MODULE_INTERNALS, ambient, fingerprint
@@ -75,6 +75,8 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
                 try:
                     found = _trace(protocol, signature)
                 except UnfoldError as error:
+                    if error.__cause__ is not None:  # perhaps a mistake that the user is about to mend
+                        raise
                     found = error.with_traceback(None)
                 _programs[key] = found
                 while len(_programs) > _MOST:
@@ -86,32 +88,27 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
 
 def _trace(protocol: Protocol, signature: Signature) -> Compiled:
     count = len(signature.names)
+    names: list[str] = []
 
     def function(xs: list[Tensor], state: list[Tensor], weights: list[Tensor]) -> Any:
         parameters = dict(zip(signature.names, weights, strict=False))
         replaced: list[str] = []
         with _Untouched(protocol.cell):
             ys, new, recorded = protocol.step(parameters, replaced)(xs, state, weights[count:])
+            names[:] = recorded
         if replaced:
             raise MutationError(
                 f"the step assigns its buffer {replaced[0]!r} anew, which one traced program cannot follow. Return "
                 "the new value as part of the state instead."
             )
-        for i, y in enumerate(ys):
-            if y.dim() == 0 or y.shape[0] != xs[0].shape[0]:
-                raise CellError(
-                    f"{type(protocol.cell).__name__} returns a y whose leaf {i} does not start with the batch "
-                    f"dimension: {tuple(y.shape)}. Every leaf of y must be (B, …)."
-                )
-        states = {f"state {i}": leaf for i, leaf in enumerate(new)} if protocol.record else {}
-        return ys, new, {**recorded, **states}
+        return [*ys, *recorded.values(), *(new if protocol.record else [])], new
 
     step = trace(function, signature.xs, signature.state, [*signature.parameters, *signature.constants])
     if protocol.record:
         perturb(step)
     _give_names(step, signature)
     assert protocol.y is not None
-    return Compiled(step, protocol.y)
+    return Compiled(step, protocol.y, tuple(names))
 
 
 def _give_names(step: Any, signature: Signature) -> None:

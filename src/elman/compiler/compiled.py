@@ -40,14 +40,15 @@ class Differentiated:
 
 
 class Compiled:
-    """A traced step, split into what holds for a whole call and what varies; ``y`` is the structure of its output.
+    """A traced step, split into what holds for a whole call and what varies; ``y`` is the structure of its output, which
+    the values ``recorded`` by name follow.
 
     ``invariant(B, [], [], weights, [])`` gives, under ordinary autograd, the values that ``step`` takes as weights.
     Raises UnfoldError subclasses when the step cannot be unfolded.
     """
 
-    def __init__(self, traced: Step, y: Tree) -> None:
-        self.y = y
+    def __init__(self, traced: Step, y: Tree, recorded: tuple[str, ...] = ()) -> None:
+        self.y, self.recorded = y, recorded
         annotate(traced)
         tidy(traced, derived=False)
         before, self.step = hoist(traced)

@@ -97,7 +97,7 @@ def _call(tensors: list[Tensor], counts: list[int], number: int, rows: Rows, rev
     weights = program.weights(rows.batch, leaves, device.type)
     draws = program.draws(rows.total, device) if draws is None else draws
     call = Call(program, rows, reverse, chunk or None, (a, len(state), len(weights), len(draws)), device)
-    ys, final, _ = run(call, [*xs, *state, *weights, *draws])
+    ys, final = run(call, [*xs, *state, *weights, *draws])
     return [*ys, *final], draws
 
 
@@ -107,8 +107,7 @@ def _unfold(
 ) -> list[Tensor]:
     with torch.no_grad():
         outs, draws = _call(tensors, counts, number, Rows(steps, batch), reverse, chunk, None)
-    given = {id(t) for t in tensors}
-    return [*(o.clone() if id(o) in given else o for o in outs), *draws]
+    return [*outs, *draws]
 
 
 @_unfold.register_fake

@@ -8,6 +8,7 @@ two primes, and the two graphs must agree in everything else. T is no part of th
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -154,12 +155,12 @@ def _ours(filename: str) -> bool:
 
 
 def trace(
-    function: Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor], dict[str, Tensor]]],
+    function: Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]],
     xs: Sequence[Leaf],
     state: Sequence[Leaf],
     weights: Sequence[Leaf],
 ) -> Step:
-    """Trace ``function(xs, state, weights) -> (ys, next state, recorded)`` into a Step.
+    """Trace ``function(xs, state, weights) -> (ys, next state)`` into a Step.
 
     Raises DataDependentError, MutationError, CapturedTensorError or UnsupportedError, each with the user's line;
     what the step itself raises goes through.
@@ -185,7 +186,7 @@ def _check_autograd(function: Callable[..., Any], xs: Any, state: Any, weights: 
         for leaf in (leaf for part in inputs[:learned] for leaf in part if leaf.is_floating_point()):
             leaf.requires_grad_()
         with mode, torch.enable_grad(), _Watch():
-            ys, new, _ = function(*inputs)
+            ys, new = function(*inputs)
         return [*ys, *new]
 
     try:
@@ -210,14 +211,13 @@ def _check_autograd(function: Callable[..., Any], xs: Any, state: Any, weights: 
 
 def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weights: Any) -> Step:
     counts = (len(xs), len(state), len(weights))
-    names: list[str] = []
     sizes: list[int] = []
 
     def flat(*leaves: Tensor) -> list[Tensor]:
         a, b = counts[0], counts[0] + counts[1]
-        ys, new, recorded = function(list(leaves[:a]), list(leaves[a:b]), list(leaves[b:]))
-        names[:], sizes[:] = list(recorded), [len(ys), len(new)]
-        return [*ys, *new, *recorded.values()]
+        ys, new = function(list(leaves[:a]), list(leaves[a:b]), list(leaves[b:]))
+        sizes[:] = [len(ys), len(new)]
+        return [*ys, *new]
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [fake(mode, leaf, unit) for leaf in (*xs, *state, *weights)]
@@ -236,7 +236,6 @@ def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weig
         weights=placeholders[b:],
         ys=outputs[:y],
         next=outputs[y : y + s],
-        kept=dict(zip(names, outputs[y + s :], strict=True)),
     )
 
 
@@ -303,6 +302,8 @@ def _traced(function: Callable[..., Any], mode: FakeTensorMode, inputs: list[Ten
 @contextmanager
 def _translated() -> Iterator[None]:
     """What tracing cannot follow becomes an UnfoldError that says so, with the user's line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, logger.disabled = logger.disabled, True  # what goes wrong is said here
     try:
         yield
     except ElmanError:
@@ -319,11 +320,11 @@ def _translated() -> Iterator[None]:
                 f"the step reads the value of a tensor in Python, at {_raised_at(error)}. Keep it a tensor: use "
                 "torch.where instead of a branch, and tensor operations instead of .item() or .numpy()."
             ) from error
-        first = text.splitlines()[0] if text else ""
         raise UnsupportedError(
-            f"the step cannot be traced for a batch of any size, at {_raised_at(error)} "
-            f"({type(error).__name__}: {first}). If the plain loop raises too, the step itself is at fault."
+            f"the step cannot be traced for a batch of any size, at {_raised_at(error)} ({type(error).__name__})."
         ) from error
+    finally:
+        logger.disabled = silent
 
 
 def _raised_at(error: BaseException) -> str:
@@ -434,7 +435,6 @@ def _draws_become_inputs(step: Step) -> None:
         last = draw
         for role in (step.ys, step.next):
             role[:] = [draw if out is node else out for out in role]
-        step.kept = {name: draw if out is node else out for name, out in step.kept.items()}
         step.graph.erase_node(node)
 
 
@@ -445,6 +445,11 @@ def _check_draw(node: fx.Node, unit: int) -> None:
     op = node.target
     if op._schema.name.split("::")[1] not in _DRAWS or op is aten.bernoulli.default:  # type: ignore[union-attr]
         raise UnsupportedError(f"{op} draws from a distribution that the step computes, at {location(node)}.")
+    if "generator" in op._overloadname and node.kwargs.get("generator") is None:  # type: ignore[union-attr]
+        raise UnsupportedError(
+            f"{op} draws from a generator of its own, at {location(node)}. Use the default generator, or draw before "
+            "the scan and pass the numbers through xs."
+        )
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() == 0 or batch_multiple(value.shape[0], unit) != 1:
         raise UnsupportedError(
@@ -480,7 +485,10 @@ def _recipe(node: fx.Node, unit: int) -> Callable[[int, torch.device], Tensor]:
 
 
 def perturb(step: Step) -> None:
-    """Add to every state leaf, right where it is computed, a further input: its gradient is the total adjoint."""
+    """Add to every state leaf, right where it is computed, a further input: its gradient is the total adjoint.
+
+    The states themselves are the last ys.
+    """
     for i, node in enumerate(list(step.next)):
         if not node.meta["val"].is_floating_point():
             continue
@@ -488,7 +496,10 @@ def perturb(step: Step) -> None:
         before = step.xs[-1]
         with step.graph.inserting_after(before):
             extra = step.graph.placeholder(f"perturb_{i}")
-        extra.meta = dict(node.meta)
+        value = node.meta["val"]
+        with value.fake_mode:
+            fresh = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        extra.meta = {**node.meta, "val": fresh}
         where = node if node.op == "call_function" else next(n for n in reversed(step.graph.nodes) if n.op != "output")
         with step.graph.inserting_after(where):
             total = step.graph.call_function(aten.add.Tensor, (node, extra))
@@ -496,10 +507,9 @@ def perturb(step: Step) -> None:
         if node.op == "call_function":
             node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
             step.ys = [total if y is node else y for y in step.ys]
-            step.kept = {name: total if n is node else n for name, n in step.kept.items()}
             step.next = [total if n is node else n for n in step.next]
         step.next[i] = total
-        step.kept[f"state {i}"] = total
+        step.ys[len(step.ys) - len(step.next) + i] = total
         step.xs.append(extra)
 
 

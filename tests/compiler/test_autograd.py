@@ -1,0 +1,481 @@
+"""A scan under autograd: second derivatives, torch.func, forward mode, hooks, and what users do to tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cellzoo import zoo
+from comparing import inputs, operations
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.utils import _pytree as pytree
+
+import elman
+from elman.errors import ForwardModeError
+
+both = pytest.mark.parametrize("backend", ["interpret", "auto"])
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def scanned(name: str, backend: str = "interpret", **options: Any) -> tuple[Any, list[Tensor]]:
+    """A scan as a function of all its floating inputs, parameters included."""
+    cell = zoo(name)
+    given = inputs(cell, 3, 2)
+    flat, spec = pytree.tree_flatten((given, dict(cell.named_parameters())))
+    places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    start = [flat[i].detach().clone().requires_grad_() for i in places]
+
+    class Scan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, xs: Any, state: Any, constants: Any) -> Any:
+            return elman.scan(self.cell, xs, state, constants=constants, backend=backend, **options)
+
+    scan = Scan()
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        filled = list(flat)
+        for i, leaf in zip(places, leaves, strict=True):
+            filled[i] = leaf
+        now, parameters = pytree.tree_unflatten(filled, spec)
+        named = {f"cell.{key}": value for key, value in parameters.items()}
+        out = functional_call(scan, named, (now["xs"], now["state"], now["constants"]))
+        return tuple(leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+    return call, start
+
+
+@pytest.mark.parametrize("options", [{}, {"lengths": [1, 3], "reverse": True}, {"remat": 2}], ids=str)
+@pytest.mark.parametrize("name", ["Elman", "lstm with peepholes", "Gru", "lstm with layer norm", "Attends", "Delay", "Nested"])
+def test_first_and_second_derivatives(name: str, options: dict[str, Any]) -> None:
+    call, start = scanned(name, **options)
+    assert torch.autograd.gradcheck(call, start, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, start, fast_mode=True)
+
+
+def test_second_derivatives_in_full() -> None:
+    call, start = scanned("Elman")
+    assert torch.autograd.gradcheck(call, start)
+    assert torch.autograd.gradgradcheck(call, start)
+
+
+def test_a_gradient_penalty() -> None:
+    """The gradient of a gradient's norm in the parameters, as users write it."""
+    found = []
+    for backend in ("interpret", "reference"):
+        cell = zoo("lstm")
+        torch.manual_seed(0)
+        xs = doubles(4, 3, 3)
+        ys, _ = elman.scan(cell, xs, backend=backend)
+        (slope,) = torch.autograd.grad(ys.sum(), xs, create_graph=True)
+        found.append(torch.autograd.grad(slope.norm(), list(cell.parameters())))
+    torch.testing.assert_close(found[0], found[1])
+
+
+# torch.func ----------------------------------------------------------------------------------------------------------
+
+
+def loss_of(cell: nn.Module, backend: str) -> Any:
+    def loss(parameters: dict[str, Tensor], xs: Tensor, state: Tensor) -> Tensor:
+        class Scan(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.cell = cell
+
+            def forward(self, xs: Tensor, state: Tensor) -> Any:
+                return elman.scan(self.cell, xs, state, backend=backend)
+
+        ys, final = functional_call(Scan(), {f"cell.{k}": v for k, v in parameters.items()}, (xs, state))
+        return ys.sin().sum() + final.square().sum()
+
+    return loss
+
+
+@both
+def test_func_grad_and_vjp(backend: str) -> None:
+    cell = zoo("Gru")
+    xs, state = doubles(4, 3, 3).detach(), doubles(3, 4).detach()
+    parameters = {name: p.detach() for name, p in cell.named_parameters()}
+    found = grad(loss_of(cell, backend), argnums=(0, 1, 2))(parameters, xs, state)
+    expected = grad(loss_of(cell, "reference"), argnums=(0, 1, 2))(parameters, xs, state)
+    torch.testing.assert_close(found, expected)
+    plain = [p.clone().requires_grad_() for p in parameters.values()]
+    value = loss_of(cell, "interpret")(dict(zip(parameters, plain, strict=True)), xs, state)
+    torch.testing.assert_close(list(found[0].values()), list(torch.autograd.grad(value, plain)))
+    _, pull = vjp(lambda x: loss_of(cell, backend)(parameters, x, state), xs)
+    torch.testing.assert_close(pull(torch.ones((), dtype=torch.float64))[0], expected[1])
+
+
+@both
+def test_vmap_over_ensembles_and_inputs(backend: str) -> None:
+    cell = zoo("Gru")
+    xs, state = doubles(5, 4, 3, 3).detach(), doubles(5, 3, 4).detach()
+    found = vmap(lambda x, s: elman.scan(cell, x, s, backend=backend)[0])(xs, state)
+    expected = torch.stack([elman.scan(cell, x, s, backend="reference")[0] for x, s in zip(xs, state, strict=True)])
+    torch.testing.assert_close(found, expected)
+    stacked = {name: torch.stack([p, 2 * p]).detach() for name, p in cell.named_parameters()}
+    found = vmap(loss_of(cell, backend), (0, None, None))(stacked, xs[0], state[0])
+    for i, value in enumerate(found):
+        one = {name: p[i] for name, p in stacked.items()}
+        torch.testing.assert_close(value, loss_of(cell, "reference")(one, xs[0], state[0]))
+
+
+@both
+def test_gradients_of_every_sample(backend: str) -> None:
+    cell = zoo("Elman")
+    xs, state = doubles(4, 3, 3).detach(), doubles(3, 4).detach()
+    parameters = {name: p.detach() for name, p in cell.named_parameters()}
+
+    def one(parameters: Any, x: Tensor, s: Tensor) -> Tensor:
+        return loss_of(cell, backend)(parameters, x.unsqueeze(1), s.unsqueeze(0))
+
+    found = vmap(grad(one), (None, 1, 0))(parameters, xs, state)
+    for b in range(3):
+        expected = grad(loss_of(cell, "reference"))(parameters, xs[:, b : b + 1], state[b : b + 1])
+        torch.testing.assert_close({name: g[b] for name, g in found.items()}, expected)
+
+
+@both
+def test_jacrev(backend: str) -> None:
+    cell = zoo("Elman")
+    xs, state = doubles(3, 1, 3).detach(), doubles(1, 4).detach()
+    found = jacrev(lambda s: elman.scan(cell, xs, s, backend=backend)[1])(state)
+    expected = torch.autograd.functional.jacobian(lambda s: elman.scan(cell, xs, s, backend="reference")[1], state)
+    torch.testing.assert_close(found, expected)
+
+
+def test_jvp_raises_and_the_reference_has_it() -> None:
+    cell = zoo("Elman")
+    xs, direction = doubles(3, 2, 3).detach(), doubles(3, 2, 3).detach()
+    for backend in ("interpret", "auto"):
+        with pytest.raises(ForwardModeError, match="reference"):
+            jvp(lambda x, b=backend: elman.scan(cell, x, backend=b)[0], (xs,), (direction,))
+    _, found = jvp(lambda x: elman.scan(cell, x, backend="reference")[0], (xs,), (direction,))
+    step = 1e-6
+    ends = [elman.scan(cell, xs + sign * step * direction, backend="reference")[0] for sign in (1, -1)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@both
+def test_dual_tensors_raise(backend: str, gradients: bool) -> None:
+    cell = zoo("Elman")
+    with torch.set_grad_enabled(gradients), torch.autograd.forward_ad.dual_level():
+        xs = torch.autograd.forward_ad.make_dual(torch.randn(3, 2, 3).double(), torch.ones(3, 2, 3).double())
+        with pytest.raises(ForwardModeError):
+            elman.scan(cell, xs, backend=backend)
+        xs = torch.randn(3, 2, 3).double()
+        parameter = torch.autograd.forward_ad.make_dual(cell.W.weight.detach(), torch.ones(4, 4).double())
+        with pytest.raises(ForwardModeError):
+            functional_call(Holder(cell, backend), {"cell.W.weight": parameter}, (xs,))
+
+
+class Holder(nn.Module):
+    def __init__(self, cell: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.cell, self.backend = cell, backend
+
+    def forward(self, xs: Tensor) -> Any:
+        return elman.scan(self.cell, xs, backend=self.backend)
+
+
+def test_jacfwd_and_hessian_raise() -> None:
+    cell = zoo("Elman")
+    xs = doubles(2, 1, 3).detach()
+    with pytest.raises(ForwardModeError):
+        torch.func.jacfwd(lambda x: elman.scan(cell, x)[0])(xs)
+    with pytest.raises(ForwardModeError):
+        torch.func.hessian(lambda x: elman.scan(cell, x)[0].square().sum())(xs)
+
+
+# What wants a gradient -------------------------------------------------------------------------------------------------
+
+
+@both
+def test_frozen_parameters_get_none_and_cost_nothing(backend: str) -> None:
+    cell = copy.deepcopy(zoo("Elman"))
+    xs = torch.randn(4, 3, 3, dtype=torch.float64)
+
+    def products(module: nn.Module) -> int:
+        def run() -> None:
+            elman.scan(module, xs, backend=backend)[0].sum().backward()
+
+        run()
+        seen = operations(run)
+        return seen["mm"] + seen["addmm"]
+
+    full = products(cell)
+    cell.U.weight.requires_grad_(False)
+    cell.zero_grad()
+    assert products(cell) == full - 1
+    assert cell.U.weight.grad is None
+    assert cell.W.weight.grad is not None
+    cell.requires_grad_(False)
+    ys, final = elman.scan(cell, xs, backend=backend)
+    assert not ys.requires_grad
+    assert not final.requires_grad
+
+
+@both
+def test_only_the_state_wants_a_gradient(backend: str) -> None:
+    cell = copy.deepcopy(zoo("lstm")).requires_grad_(False)
+    xs, state = torch.randn(4, 2, 3).double(), (doubles(2, 4), doubles(2, 4).detach())
+    ys, _ = elman.scan(cell, xs, state, backend=backend)
+    found = torch.autograd.grad(ys.sum(), state[0])
+    expected = torch.autograd.grad(elman.scan(cell, xs, state, backend="reference")[0].sum(), state[0])
+    torch.testing.assert_close(found, expected)
+
+
+@both
+def test_gradients_of_some_inputs_alone(backend: str) -> None:
+    cell = zoo("Gru")
+    xs, state = doubles(4, 2, 3), doubles(2, 4)
+    for wanted in ([xs], [state], [cell.W.weight], [cell.R.weight, xs]):
+        ys, final = elman.scan(cell, xs, state, backend=backend)
+        expected, last = elman.scan(cell, xs, state, backend="reference")
+        torch.testing.assert_close(
+            torch.autograd.grad(ys.sum() + final.sin().sum(), wanted),
+            torch.autograd.grad(expected.sum() + last.sin().sum(), wanted),
+        )
+
+
+@both
+@pytest.mark.parametrize("part", ["ys", "the final state", "one of two states", "one step"])
+def test_gradients_from_some_outputs_alone(part: str, backend: str) -> None:
+    cell = zoo("lstm")
+    xs = doubles(4, 2, 3)
+
+    def pick(result: Any) -> Tensor:
+        ys, (h, c) = result
+        return {"ys": ys, "the final state": h + c, "one of two states": c, "one step": ys[1]}[part].sin().sum()
+
+    sources = [xs, *cell.parameters()]
+    found = torch.autograd.grad(pick(elman.scan(cell, xs, backend=backend)), sources)
+    torch.testing.assert_close(found, torch.autograd.grad(pick(elman.scan(cell, xs, backend="reference")), sources))
+
+
+@both
+def test_no_grad_and_inference_mode(backend: str) -> None:
+    cell, xs = zoo("lstm"), doubles(4, 2, 3)
+    expected = elman.scan(cell, xs, backend="reference")[0].detach()
+    with torch.no_grad():
+        ys, _ = elman.scan(cell, xs, backend=backend)
+    assert not ys.requires_grad
+    torch.testing.assert_close(ys, expected)
+    with torch.inference_mode():
+        ys, _ = elman.scan(cell, xs, backend=backend)
+        assert ys.is_inference()
+    torch.testing.assert_close(ys.clone(), expected)
+    torch.testing.assert_close(elman.scan(cell, xs, backend=backend)[0].detach(), expected)
+
+
+def test_traced_in_inference_mode_first() -> None:
+    class Fresh(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W = nn.Linear(3, 3)
+            self.offset = 0.123
+
+        def forward(self, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+            s = torch.tanh(self.W(x) + s) + self.offset
+            return s, s
+
+    cell, xs, s = Fresh(), torch.randn(3, 2, 3), torch.zeros(2, 3)
+    with torch.inference_mode():
+        elman.scan(cell, xs, s, backend="interpret")
+    elman.scan(cell, xs, s, backend="interpret")[0].sum().backward()
+    found = cell.W.weight.grad
+    cell.zero_grad()
+    elman.scan(cell, xs, s, backend="reference")[0].sum().backward()
+    torch.testing.assert_close(found, cell.W.weight.grad)
+
+
+@both
+def test_truncated_back_propagation(backend: str) -> None:
+    cell = zoo("Gru")
+    xs = doubles(6, 2, 3)
+    first, state = elman.scan(cell, xs[:3], backend=backend)
+    second, _ = elman.scan(cell, xs[3:], state.detach(), backend=backend)
+    (found,) = torch.autograd.grad(second.sum(), xs, allow_unused=True)
+    assert not found[:3].any()
+    assert found[3:].any()
+
+
+# What users do to graphs -----------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("remat", [None, 2])
+def test_backward_twice(backend: str, remat: int | None) -> None:
+    cell, xs = zoo("lstm"), doubles(4, 2, 3)
+    ys, _ = elman.scan(cell, xs, backend=backend, remat=remat)
+    first = torch.autograd.grad(ys.sum(), xs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(ys.sum(), xs), first, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(ys.sum(), xs)
+
+
+@both
+def test_one_cell_twice_in_a_graph(backend: str) -> None:
+    cell, xs = zoo("Gru"), doubles(4, 2, 3)
+
+    def call(backend: str) -> tuple[Tensor, ...]:
+        there, state = elman.scan(cell, xs, backend=backend)
+        back, _ = elman.scan(cell, xs * 2, state, reverse=True, backend=backend)
+        return torch.autograd.grad((there * back).sum(), [xs, *cell.parameters()])
+
+    torch.testing.assert_close(call(backend), call("reference"))
+
+
+@both
+def test_hooks_on_parameters_and_outputs(backend: str) -> None:
+    cell, xs = copy.deepcopy(zoo("Gru")), doubles(4, 2, 3)
+    seen: list[str] = []
+    cell.W.weight.register_hook(lambda g: (seen.append("parameter"), g * 2)[1])
+    cell.W.weight.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
+    ys, _ = elman.scan(cell, xs, backend=backend)
+    ys.register_hook(lambda g: (seen.append("output"), g * 3)[1])
+    ys.sum().backward()
+    assert seen == ["output", "parameter", "accumulated"]
+    plain, _ = elman.scan(zoo("Gru"), xs, backend="reference")
+    torch.testing.assert_close(cell.W.weight.grad, 6 * torch.autograd.grad(plain.sum(), zoo("Gru").W.weight)[0])
+
+
+@both
+def test_saved_tensor_hooks(backend: str) -> None:
+    cell, xs = zoo("Gru"), doubles(4, 2, 3)
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ys, _ = elman.scan(cell, xs, backend=backend)
+    assert packed
+    expected, _ = elman.scan(cell, xs, backend="reference")
+    torch.testing.assert_close(torch.autograd.grad(ys.sum(), xs), torch.autograd.grad(expected.sum(), xs))
+    with torch.autograd.graph.save_on_cpu():
+        ys, _ = elman.scan(cell, xs, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(ys.sum(), xs), torch.autograd.grad(expected.sum(), xs))
+
+
+@both
+def test_inside_a_checkpoint(backend: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    cell, xs = zoo("lstm"), doubles(4, 2, 3)
+    ys = checkpoint(lambda x: elman.scan(cell, x, backend=backend)[0], xs, use_reentrant=False)
+    expected, _ = elman.scan(cell, xs, backend="reference")
+    torch.testing.assert_close(torch.autograd.grad(ys.sum(), xs), torch.autograd.grad(expected.sum(), xs))
+
+
+@both
+@pytest.mark.parametrize("name", ["Elman", "lstm", "YIsInput", "OldStateItself", "YTwice", "Feedforward"])
+def test_results_changed_in_place_are_right_or_refused(name: str, backend: str) -> None:
+    """ys.mul_(2) before backward: the gradient of what was asked, or an error; never silently another one."""
+    cell = zoo(name)
+    given = inputs(cell, 4, 2)
+    sources = [given["xs"], *cell.parameters()]
+
+    def loss(backend: str, in_place: bool) -> Tensor:
+        ys, final = elman.scan(cell, given["xs"], given["state"], backend=backend)
+        leaves = pytree.tree_leaves((ys, final))
+        total = torch.zeros((), dtype=torch.float64)
+        for leaf in leaves:
+            total = total + (leaf.mul_(2) if in_place else leaf * 2).sin().sum()
+        return total
+
+    expected = torch.autograd.grad(loss("reference", False), sources, allow_unused=True)
+    try:
+        found = torch.autograd.grad(loss(backend, True), sources, allow_unused=True)
+    except RuntimeError as error:
+        assert "in-place" in str(error) or "inplace" in str(error)
+    else:
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None) or not (a if b is None else b).any()
+            if a is not None and b is not None:
+                torch.testing.assert_close(a, b)
+
+
+@both
+@pytest.mark.parametrize("what", ["xs", "state", "parameter"])
+def test_inputs_changed_in_place_are_refused(what: str, backend: str) -> None:
+    cell = copy.deepcopy(zoo("lstm with peepholes"))
+    xs, state = doubles(4, 2, 3), (doubles(2, 4), doubles(2, 4))
+    fed, start = xs * 1, tuple(s * 1 for s in state)
+    ys, _ = elman.scan(cell, fed, start, backend=backend)
+    with torch.no_grad():
+        {"xs": fed, "state": start[0], "parameter": cell.W.weight}[what].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ys.sum().backward()
+
+
+@both
+def test_only_one_of_the_outputs_is_used_and_the_graph_is_freed(backend: str) -> None:
+    import gc
+    import weakref
+
+    cell, xs = zoo("lstm"), doubles(4, 2, 3)
+    ys, _ = elman.scan(cell, xs, backend=backend)
+    alive = weakref.ref(ys.grad_fn)
+    ys.sum().backward()
+    del ys
+    gc.collect()
+    assert alive() is None
+
+
+def test_integer_outputs_take_no_gradient() -> None:
+    cell = zoo("Tokens")
+    given = inputs(cell, 3, 2)
+    (logits, token, keep), _ = elman.scan(cell, given["xs"], given["state"], backend="interpret")
+    assert logits.requires_grad
+    assert token.dtype == torch.long
+    assert keep.dtype == torch.bool
+    assert not token.requires_grad
+    assert not keep.requires_grad
+
+
+def test_undefined_gradients_of_a_function_downstream() -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: Tensor) -> Tensor:
+            return a.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> None:
+            return None
+
+    cell, xs = zoo("lstm"), doubles(3, 2, 3)
+    ys, (h, _) = elman.scan(cell, xs, backend="interpret")
+    found = torch.autograd.grad(Nothing.apply(ys).sum() + h.sum(), xs)
+    expected = torch.autograd.grad(elman.scan(cell, xs, backend="reference")[1][0].sum(), xs)
+    torch.testing.assert_close(found, expected)
+
+
+def test_anomaly_mode() -> None:
+    cell, xs = zoo("Gru"), doubles(3, 2, 3)
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        elman.scan(cell, xs, backend="interpret")[0].sum().backward()
+
+
+def test_remat_saves_memory() -> None:
+    """What the graph holds between forward and backward."""
+    cell = zoo("lstm")
+    xs = doubles(400, 2, 3)
+    held = {}
+    for remat in (None, "auto", 40):
+        kept: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t):
+            ys, _ = elman.scan(cell, xs, backend="interpret", remat=remat)
+        held[remat] = sum(kept.values()) - xs.nbytes
+    assert held["auto"] < held[None] / 5
+    assert held[40] < held[None] / 5
