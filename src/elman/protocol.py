@@ -128,7 +128,7 @@ class Protocol:
         name = type(self.cell).__name__
         if new.structure != self.state.structure or len(new.leaves) != len(old):
             raise StateError(
-                f"{name} returned a state of another structure than it was given: {new.described()} instead of "
+                f"{name} returned a state of another structure (tuple, list or dict) than it was given: {new.described()} instead of "
                 f"{self.state.described()}."
             )
         carried = []

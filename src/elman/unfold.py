@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad as fwAD
 from torch.utils import _pytree as pytree
 
 from .compiler import reference
@@ -223,13 +224,18 @@ def _runs_reference(backend: str, rows: Rows, tensors: list[Tensor]) -> bool:
         return True
     if torch._C._functorch.maybe_current_level() is not None and any(map(_wrapped, tensors)):
         if _forward_mode():
-            raise ForwardModeError(
-                "forward-mode differentiation (jvp, jacfwd, hessian) is not derived by this backend. Use "
-                "scan(..., backend='reference'), or reverse mode (torch.func.vjp, grad, jacrev)."
-            )
+            raise ForwardModeError(_FORWARD_MODE)
         return True
+    if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in tensors):
+        raise ForwardModeError(_FORWARD_MODE)
     # One step is the step itself: there is nothing to unfold.
     return backend == "auto" and rows.steps <= 1
+
+
+_FORWARD_MODE = (
+    "forward-mode differentiation (jvp, jacfwd, hessian, dual numbers) is not derived by this backend. Use "
+    "scan(..., backend='reference'), or reverse mode (torch.func.vjp, grad, jacrev)."
+)
 
 
 def _wrapped(leaf: Tensor) -> bool:

@@ -3,33 +3,23 @@ that are alike."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import MutationError, UnfoldError
 from ..protocol import Protocol
 from .compiled import Compiled
 from .key import MODULE_INTERNALS, ambient, fingerprint
+from .lock import tracing
 from .trace import Leaf, perturb, trace
 
 __all__ = ["Signature", "program_of"]
 
 _MOST = 256
 _programs: OrderedDict[Any, Compiled | UnfoldError] = OrderedDict()
-_lock = threading.RLock()
-
-
-def _unlock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-# A thread may be tracing while another forks; the child must not wait for it.
-os.register_at_fork(after_in_child=_unlock)
 
 
 class Signature(NamedTuple):
@@ -69,7 +59,7 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
     )
     found = _programs.get(key)
     if found is None:
-        with _lock:
+        with tracing():
             found = _programs.get(key)
             if found is None:
                 try:
@@ -103,7 +93,8 @@ def _trace(protocol: Protocol, signature: Signature) -> Compiled:
             )
         return [*ys, *recorded.values(), *(new if protocol.record else [])], new
 
-    step = trace(function, signature.xs, signature.state, [*signature.parameters, *signature.constants])
+    with torch.inference_mode(False):
+        step = trace(function, signature.xs, signature.state, [*signature.parameters, *signature.constants])
     if protocol.record:
         perturb(step)
     _give_names(step, signature)
@@ -172,6 +163,6 @@ def _put_back(container: Any, was: Any) -> None:
 
 def forget() -> None:
     """Drop all programs."""
-    with _lock:
+    with tracing():
         _programs.clear()
 

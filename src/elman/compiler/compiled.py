@@ -15,6 +15,7 @@ from ..protocol import Tree
 from .derivative import Derivative, derive, tidy
 from .independence import annotate
 from .interpret import Runner, compile_program, compile_step
+from .lock import tracing
 from .program import Program, hoist, partition
 from .trace import Step
 
@@ -32,6 +33,7 @@ class Differentiated:
     def runners(self, ragged: bool) -> tuple[Runner, Runner]:
         cache: dict[bool, tuple[Runner, Runner]] = self.__dict__.setdefault("_runners", {})
         if ragged not in cache:
+            # Two threads may write the same program; either will do.
             cache[ragged] = (
                 compile_program(self.forward, "forward", ragged),
                 compile_program(self.adjoint, "backward", ragged),
@@ -91,12 +93,17 @@ class Compiled:
         key = (needs_x, needs_weight)
         found = self._derivatives.get(key)
         if found is None:
-            try:
-                rule = derive(self.step, needs_x, needs_weight)
-                found = Differentiated(rule, partition(rule.forward), partition(rule.adjoint))
-            except UnfoldError as error:
-                found = error.with_traceback(None)
-            self._derivatives[key] = found
+            with tracing():
+                found = self._derivatives.get(key) or self._derive(needs_x, needs_weight)
+                self._derivatives[key] = found
         if isinstance(found, UnfoldError):
             raise found
         return found
+
+    def _derive(self, needs_x: tuple[bool, ...], needs_weight: tuple[bool, ...]) -> Differentiated | UnfoldError:
+        try:
+            with torch.inference_mode(False):
+                rule = derive(self.step, needs_x, needs_weight)
+            return Differentiated(rule, partition(rule.forward), partition(rule.adjoint))
+        except UnfoldError as error:
+            return error.with_traceback(None)

@@ -9,6 +9,7 @@ two primes, and the two graphs must agree in everything else. T is no part of th
 from __future__ import annotations
 
 import logging
+import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -270,7 +271,19 @@ def functional(function: Callable[..., Any], inputs: list[Tensor]) -> fx.GraphMo
         with fx.traceback.preserve_node_meta():
             root = make_fx(again)(*inputs)
         _copies_become_views(root.graph)
+    _correct_statistics(root.graph)
     return root
+
+
+def _correct_statistics(graph: fx.Graph) -> None:
+    """Fake tensors give the mean and deviation of a layer norm the type of its input; kernels give mixed types float32."""
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[0].target is aten.native_layer_norm.default and node.args[1]:
+            source, weight = node.args[0].args[0], node.args[0].args[2]
+            narrow = source.meta["val"].dtype in (torch.bfloat16, torch.float16)
+            mixed = weight is not None and weight.meta["val"].dtype == torch.float32
+            if narrow and (mixed or source.meta["val"].device.type != "cpu"):
+                node.meta["val"] = node.meta["val"].to(torch.float32)
 
 
 def _copies_become_views(graph: fx.Graph) -> None:

@@ -1,0 +1,24 @@
+"""One lock for all tracing: the fake tensors of a step are shared, and PyTorch traces one function at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+__all__ = ["tracing"]
+
+_lock = threading.RLock()
+
+
+def tracing() -> threading.RLock:  # type: ignore[valid-type]
+    """The lock to hold while tracing, a context manager."""
+    return _lock
+
+
+def _renew() -> None:
+    # A thread may be tracing while another forks; the child must not wait for it.
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew)
