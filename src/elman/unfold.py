@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .compiler import reference
 from .compiler.autograd import Call, chunk_length, run
-from .compiler.cache import Signature, program_of
+from .compiler.cache import Signature, program_of, remember
 from .compiler.compiled import Compiled
 from .compiler.custom_op import in_graph
 from .errors import (
@@ -113,6 +113,9 @@ def scan(
     """
     leaves, spec = pytree.tree_flatten(xs)
     steps, batch = _extent(leaves)
+    in_graph_lengths = None
+    if lengths is not None and torch.compiler.is_compiling():  # their values are not known while compiling
+        in_graph_lengths, lengths = torch.as_tensor(lengths), None
     rows = rows_of(steps, batch, lengths)
     packed = [rows.pack(_widen(leaf, steps, batch)) for leaf in leaves]
     if rows.order is not None:
@@ -128,6 +131,7 @@ def scan(
         remat=remat,
         record=record,
         backend=backend,
+        _lengths=in_graph_lengths,
     )
     ys = rows.unpack(ys) if isinstance(ys, Tensor) else pytree.tree_map_only(Tensor, rows.unpack, ys)
     if rows.order is not None:
@@ -147,6 +151,7 @@ def unfold(
     record: bool = False,
     backend: str = "auto",
     parameters: Mapping[str, Tensor] | None = None,
+    _lengths: Tensor | None = None,
 ) -> Any:
     """``scan`` over rows that are packed already: xs leaves (N, …), state and constants (B, …), longest first.
 
@@ -162,18 +167,20 @@ def unfold(
     protocol, constant_leaves = prepare(cell, rows, xs, state, constants, record, given)
     own = given if given is not None else _tensors_of(cell)
     tensors = [*protocol.xs.leaves, *protocol.state.leaves, *constant_leaves, *own.values()]
-    if _runs_reference(backend, rows, tensors):
+    if _lengths is None and _runs_reference(backend, rows, tensors):
         return _by_reference(protocol, rows, constant_leaves, given, reverse)
     if torch.compiler.is_compiling() and not record:
-        return in_graph(protocol, rows, constant_leaves, own, reverse, remat)
+        return in_graph(protocol, rows, constant_leaves, own, reverse, remat, _lengths)
+    signature = Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, own)
     try:
-        program = program_of(protocol, Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, own))
+        program = program_of(protocol, signature)
         return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat)
     except UnfoldError as error:
         wrong = isinstance(error, MixedRowsError) and not rows.uniform
         if error.__cause__ is None and (backend != "auto" or wrong):
             raise
         result = _by_reference(protocol, rows, constant_leaves, given, reverse)  # a step that is wrong raises here
+        remember(protocol, signature, error)
         if backend != "auto" or wrong:
             raise
         _warn_once(cell, error)

@@ -16,7 +16,7 @@ from .key import MODULE_INTERNALS, ambient, fingerprint
 from .lock import tracing
 from .trace import Leaf, perturb, trace
 
-__all__ = ["Signature", "program_of"]
+__all__ = ["Signature", "forget", "program_of", "remember"]
 
 _MOST = 256
 _programs: OrderedDict[Any, Compiled | UnfoldError] = OrderedDict()
@@ -49,14 +49,7 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
 
     Raises what tracing raises; an UnfoldError is remembered like a program.
     """
-    trees = (protocol.xs, protocol.state, protocol.constants)
-    key = (
-        fingerprint(protocol.cell),
-        signature,
-        protocol.record,
-        tuple([tree and tree.structure for tree in trees]),
-        ambient(signature.xs[0].device),
-    )
+    key = _key(protocol, signature)
     found = _programs.get(key)
     if found is None:
         with tracing():
@@ -65,7 +58,7 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
                 try:
                     found = _trace(protocol, signature)
                 except UnfoldError as error:
-                    if error.__cause__ is not None:  # perhaps a mistake that the user is about to mend
+                    if error.__cause__ is not None:  # perhaps a mistake in the step: see remember
                         raise
                     found = error.with_traceback(None)
                 _programs[key] = found
@@ -74,6 +67,22 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
     if isinstance(found, UnfoldError):
         raise found
     return found
+
+
+def remember(protocol: Protocol, signature: Signature, error: UnfoldError) -> None:
+    """The plain loop runs this step, so what tracing raised is no mistake of the user's: raise it at once next time."""
+    _programs[_key(protocol, signature)] = error.with_traceback(None)
+
+
+def _key(protocol: Protocol, signature: Signature) -> Any:
+    trees = (protocol.xs, protocol.state, protocol.constants)
+    return (
+        fingerprint(protocol.cell),
+        signature,
+        protocol.record,
+        tuple([tree and tree.structure for tree in trees]),
+        ambient(signature.xs[0].device),
+    )
 
 
 def _trace(protocol: Protocol, signature: Signature) -> Compiled:

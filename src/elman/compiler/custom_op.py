@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..packing import Rows
+from ..packing import Rows, rows_of
 from ..protocol import Protocol, Tree
 from .autograd import Call, chunk_length, run
 from .cache import Signature, program_of
@@ -23,7 +23,7 @@ from .trace import Leaf
 __all__ = ["in_graph"]
 
 _numbers = itertools.count()
-_programs: dict[int, tuple[Compiled, int]] = {}  # the program, and how many weights it takes
+_programs: dict[int, Compiled] = {}
 
 
 def in_graph(
@@ -33,21 +33,22 @@ def in_graph(
     parameters: dict[str, Tensor],
     reverse: bool,
     remat: int | str | None,
+    lengths: Tensor | None = None,
 ) -> Any:
     """One call of a cell over uniform rows, as a node of the graph that is being compiled.
 
-    Raises what tracing the step raises; unequal lengths are refused by Dynamo, which cannot see their values.
+    With ``lengths`` the rows are those of padded sequences. Raises what tracing the step raises.
     """
     xs, state = protocol.xs, protocol.state
     leaves = [[_leaf(x, True) for x in part] for part in (xs.leaves, state.leaves, constants)]
     leaves.append([_leaf(p, False) for p in parameters.values()])
     number = _number(protocol.cell, _skeleton(xs), _skeleton(state), _skeleton(protocol.constants), leaves, list(parameters))
     chunk = chunk_length(remat, rows.steps) or 0
-    counts = [len(xs.leaves), len(state.leaves), len(parameters) + len(constants)]
+    counts = [len(xs.leaves), len(state.leaves), len(parameters)]
     tensors = [*xs.leaves, *state.leaves, *parameters.values(), *constants]
-    outs = torch.ops.elman.unfold(tensors, counts, number, rows.steps, rows.batch, reverse, chunk)
+    outs = torch.ops.elman.unfold(tensors, lengths, counts, number, rows.steps, rows.batch, reverse, chunk)
     n_ys, single = _outputs(number), _single(number)
-    ys = outs[0] if single else _programs[number][0].y.rebuild(list(outs[:n_ys]))
+    ys = outs[0] if single else _programs[number].y.rebuild(list(outs[:n_ys]))
     return ys, state.rebuild(list(outs[n_ys : n_ys + len(state.leaves)]))
 
 
@@ -74,45 +75,63 @@ def _number(cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, n
     signature = Signature(parts[0], parts[1], parts[2], parts[3], tuple(names))
     program = program_of(protocol, signature)
     number = next(_numbers)
-    _programs[number] = (program, len(names) + len(parts[2]))
+    _programs[number] = program
     return number
 
 
 @torch._dynamo.assume_constant_result
 def _outputs(number: int) -> int:
-    return len(_programs[number][0].step.ys)
+    return len(_programs[number].step.ys)
 
 
 @torch._dynamo.assume_constant_result
 def _single(number: int) -> bool:
-    return _programs[number][0].y.spec is None
+    return _programs[number].y.spec is None
 
 
-def _call(tensors: list[Tensor], counts: list[int], number: int, rows: Rows, reverse: bool, chunk: int, draws: Any) -> Any:
-    """The operator's work under ordinary autograd: ys, final state and draws."""
-    program = _programs[number][0]
+def _call(
+    tensors: list[Tensor], lengths: Any, counts: list[int], number: int, steps: int, batch: int, reverse: bool, chunk: int, draws: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The operator's work under ordinary autograd: ys and final state, and the draws; rows are padded."""
+    program = _programs[number]
+    rows = rows_of(steps, batch, lengths)
     a, b = counts[0], counts[0] + counts[1]
-    xs, state, leaves = tensors[:a], tensors[a:b], tensors[b:]
+    c = b + counts[2]
+
+    def pack(padded: Tensor) -> Tensor:
+        return rows.pack(padded.unflatten(0, (steps, batch)))
+
+    xs, state = [pack(x) for x in tensors[:a]], [rows.sort(s) for s in tensors[a:b]]
     device = xs[0].device
-    weights = program.weights(rows.batch, leaves, device.type)
-    draws = program.draws(rows.total, device) if draws is None else draws
-    call = Call(program, rows, reverse, chunk or None, (a, len(state), len(weights), len(draws)), device)
-    ys, final = run(call, [*xs, *state, *weights, *draws])
-    return [*ys, *final], draws
+    weights = program.weights(batch, [*tensors[b:c], *(rows.sort(leaf) for leaf in tensors[c:])], device.type)
+    draws = program.draws(steps * batch, device) if draws is None else draws
+    here = [pack(d) for d in draws]
+    call = Call(program, rows, reverse, chunk or None, (a, len(state), len(weights), len(here)), device)
+    ys, final = run(call, [*xs, *state, *weights, *here])
+    return [*(rows.unpack(y).flatten(0, 1) for y in ys), *(rows.unsort(s) for s in final)], draws
 
 
 @torch.library.custom_op("elman::unfold", mutates_args=())
 def _unfold(
-    tensors: list[Tensor], counts: list[int], number: int, steps: int, batch: int, reverse: bool, chunk: int
+    tensors: list[Tensor],
+    lengths: Tensor | None,
+    counts: list[int],
+    number: int,
+    steps: int,
+    batch: int,
+    reverse: bool,
+    chunk: int,
 ) -> list[Tensor]:
     with torch.no_grad():
-        outs, draws = _call(tensors, counts, number, Rows(steps, batch), reverse, chunk, None)
+        outs, draws = _call(tensors, lengths, counts, number, steps, batch, reverse, chunk, None)
     return [*outs, *draws]
 
 
 @_unfold.register_fake
-def _(tensors: Any, counts: Any, number: int, steps: int, batch: int, reverse: bool, chunk: int) -> list[Tensor]:
-    step = _programs[number][0].step
+def _(
+    tensors: Any, lengths: Any, counts: Any, number: int, steps: int, batch: int, reverse: bool, chunk: int
+) -> list[Tensor]:
+    step = _programs[number].step
     total = steps * batch
     first = tensors[0]
     flat = [*(y for y in step.ys if y is not None), *step.draws]
@@ -125,6 +144,7 @@ def _(tensors: Any, counts: Any, number: int, steps: int, batch: int, reverse: b
 @torch.library.custom_op("elman::unfold_backward", mutates_args=())
 def _unfold_backward(
     tensors: list[Tensor],
+    lengths: Tensor | None,
     draws: list[Tensor],
     grads: list[Tensor],
     counts: list[int],
@@ -139,7 +159,7 @@ def _unfold_backward(
     autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with torch.enable_grad(), autograd:
         inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-        outs, _ = _call(inputs, counts, number, Rows(steps, batch), reverse, chunk, draws)
+        outs, _ = _call(inputs, lengths, counts, number, steps, batch, reverse, chunk, draws)
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         heads, tails = zip(*pairs, strict=True)
@@ -157,8 +177,8 @@ def _(tensors: Any, *_: Any) -> list[Tensor]:
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    tensors, ctx.counts, ctx.number, ctx.steps, ctx.batch, ctx.reverse, ctx.chunk = inputs
-    step = _programs[ctx.number][0].step
+    tensors, ctx.lengths, ctx.counts, ctx.number, ctx.steps, ctx.batch, ctx.reverse, ctx.chunk = inputs
+    step = _programs[ctx.number].step
     ctx.draws = len(step.draws)
     ctx.needs = [t.requires_grad and t.is_floating_point() for t in tensors]
     ctx.save_for_backward(*tensors, *output[len(output) - ctx.draws :])
@@ -168,10 +188,10 @@ def _backward(ctx: Any, grads: list[Tensor]) -> Any:
     saved = ctx.saved_tensors
     n = len(saved) - ctx.draws
     found = torch.ops.elman.unfold_backward(
-        list(saved[:n]), list(saved[n:]), [*grads[: len(grads) - ctx.draws]], ctx.counts, ctx.number, ctx.steps,
+        list(saved[:n]), ctx.lengths, list(saved[n:]), [*grads[: len(grads) - ctx.draws]], ctx.counts, ctx.number, ctx.steps,
         ctx.batch, ctx.reverse, ctx.chunk, ctx.needs,
     )  # fmt: skip
-    return [g if need else None for g, need in zip(found, ctx.needs, strict=True)], *[None] * 6
+    return [g if need else None for g, need in zip(found, ctx.needs, strict=True)], *[None] * 7
 
 
 _unfold.register_autograd(_backward, setup_context=_keep)

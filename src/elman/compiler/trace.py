@@ -458,7 +458,7 @@ def _check_draw(node: fx.Node, unit: int) -> None:
     op = node.target
     if op._schema.name.split("::")[1] not in _DRAWS or op is aten.bernoulli.default:  # type: ignore[union-attr]
         raise UnsupportedError(f"{op} draws from a distribution that the step computes, at {location(node)}.")
-    if "generator" in op._overloadname and node.kwargs.get("generator") is None:  # type: ignore[union-attr]
+    if "generator" in op._overloadname:  # type: ignore[union-attr]
         raise UnsupportedError(
             f"{op} draws from a generator of its own, at {location(node)}. Use the default generator, or draw before "
             "the scan and pass the numbers through xs."
