@@ -238,6 +238,18 @@ class PureSwap(Swap):
         return self.U(x) * a, (b, a)
 
 
+class SharedNext(Swap):
+    """One value is the next of two states, and a third is a delay register."""
+
+    def initial_state(self, batch: int, *, device: Any = None, dtype: Any = None) -> Any:
+        return tuple(torch.zeros(batch, self.width, device=device, dtype=dtype) for _ in range(3))
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+        a, b, c = state
+        half = 0.5 * c
+        return (torch.sin(a), b), (half, torch.tanh(self.U(x)), half)
+
+
 class TwoIndependent(Swap):
     """Two recurrences that do not read one another: two loops."""
 
@@ -729,7 +741,7 @@ ZOO: dict[str, Callable[[], ZooCell]] = {
         kind.__name__: kind
         for kind in (
             Elman, ElmanTwoBiases, Gru, Feedforward, JordanTeacherForced, JordanFree, Delay, DelayLine, OneProduct, Swap,
-            PureSwap, TwoIndependent, Feeds, OldState, OldStateItself, YIsInput, YTwice, YFixed, StateFixed, Nested,
+            PureSwap, SharedNext, TwoIndependent, Feeds, OldState, OldStateItself, YIsInput, YTwice, YFixed, StateFixed, Nested,
             Tokens, SharedInput, Conditioned, Attends, AttendsMasked, Accumulate, Leaky, Clockwork, FastWeights,
             DeltaRule, Heads, Shapes, Reductions, Pointwise, SoftmaxGate, Convolution, Gathers, InPlace, Constants,
             WeightNorm, LowRank, Bilinear, Scalar, Stateless, Dead, Detached, Truncated, SharedWeight,

@@ -30,6 +30,9 @@ __all__ = [
     "scan_by",
 ]
 
+# Tensors of a few numbers: a second thread only waits, and on a busy machine a hundred times longer than it works.
+torch.set_num_threads(1)
+
 Scan = Callable[..., tuple[Any, Any]]
 
 
