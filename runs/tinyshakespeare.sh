@@ -26,5 +26,5 @@ PY
 "$python" -m elman train lm "$parts/train.txt" --valid "$parts/valid.txt" --out "$run" --overwrite \
   --cell lstm --layers 2 --hidden 512 --batch 32 --window 128 --tokens char --precision bf16 --seed 1 \
   --set model.dropout_input=0.2 --set model.dropout_between=0.5 --set model.dropout_output=0.5 \
-  --lr 3e-3 --epochs 20 --validate-every 489 "$@"
+  --lr 3e-3 --epochs 12 --validate-every 490 "$@"
 "$python" -m elman evaluate "$run" "$parts/valid.txt" --json

@@ -39,9 +39,7 @@ class Streams:
     window.
     """
 
-    def __init__(
-        self, ids: np.ndarray, batch: int, window: int, *, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, ids: np.ndarray, batch: int, window: int, *, device: torch.device | str | None = None) -> None:
         _check(batch, window)
         if len(ids) < batch * window + 1:
             raise DataError(_too_short(len(ids), batch, window))
@@ -72,9 +70,7 @@ class Streams:
             epoch, position = int(state["epoch"]), int(state["position"])
             shape = {name: int(state[name]) for name in self._shape()}
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"the stored data position is damaged ({error!r}): resume an earlier checkpoint"
-            ) from error
+            raise RunError(f"the stored data position is damaged ({error!r}): resume an earlier checkpoint") from error
         if shape != self._shape():
             raise RunError(
                 f"the stored data position is one in {_words(shape)}, and these are {_words(self._shape())}: "

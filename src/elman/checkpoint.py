@@ -120,9 +120,7 @@ class RunDirectory:
         """An existing run directory. Raises RunError when there is none, or one of another format version."""
         run = cls(path)
         if not run.config_file.is_file():
-            raise RunError(
-                f"{run.path} is not a run directory: it has no config.json. Train one with 'elman train'."
-            )
+            raise RunError(f"{run.path} is not a run directory: it has no config.json. Train one with 'elman train'.")
         content = read_json(run.config_file)
         if content.get("format") != FORMAT:
             raise RunError(
@@ -190,9 +188,7 @@ class RunDirectory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunError(
-                    f"another process is training {self.path}; wait for it or stop it first."
-                ) from error
+                raise RunError(f"another process is training {self.path}; wait for it or stop it first.") from error
             yield
 
     def _clear(self) -> None:
@@ -244,9 +240,7 @@ def read_json(path: Path) -> Any:
     try:
         content = json.loads(_read(path, "a file of the run"))
     except ValueError as error:
-        raise RunError(
-            f"{path} is damaged: it is not valid JSON ({error}). Restore it, or train again."
-        ) from error
+        raise RunError(f"{path} is damaged: it is not valid JSON ({error}). Restore it, or train again.") from error
     if not isinstance(content, dict):
         raise RunError(f"{path} is damaged: it should hold a JSON object. Restore it, or train again.")
     return content

@@ -40,19 +40,11 @@ class Section(BaseModel):
 class Data(Section):
     """What is read and how it is cut."""
 
-    files: tuple[str, ...] = Field(
-        default=(), description="training files; none means the built-in English text"
-    )
-    valid: str | None = Field(
-        default=None, description="validation file; else the block after the training block"
-    )
+    files: tuple[str, ...] = Field(default=(), description="training files; none means the built-in English text")
+    valid: str | None = Field(default=None, description="validation file; else the block after the training block")
     test: str | None = Field(default=None, description="test file; else the last block")
-    valid_fraction: float = Field(
-        default=0.05, gt=0, lt=0.5, description="share of the text held out for validation"
-    )
-    test_fraction: float = Field(
-        default=0.05, gt=0, lt=0.5, description="share of the text held out for the test"
-    )
+    valid_fraction: float = Field(default=0.05, gt=0, lt=0.5, description="share of the text held out for validation")
+    test_fraction: float = Field(default=0.05, gt=0, lt=0.5, description="share of the text held out for the test")
     tokens: Literal["char", "byte"] = Field(default="char", description="what one symbol is")
     batch: int = Field(default=32, ge=1, description="streams read side by side (B)")
     window: int = Field(default=128, ge=1, description="steps between truncations of back-propagation (T)")
@@ -83,16 +75,12 @@ class Optim(Section):
         ge=0,
         description="steps of warm-up; default: 100, or a 20th of the budget if that is less",
     )
-    final_lr: float = Field(
-        default=0.05, ge=0, le=1, description="learning rate at the end, as a share of the peak"
-    )
+    final_lr: float = Field(default=0.05, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     betas: tuple[float, float] = Field(default=(0.9, 0.99), description="decay of Adam's running moments")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
     weight_decay: float = Field(default=0.01, ge=0, description="decay of matrices; vectors are not decayed")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
-    max_skipped: int = Field(
-        default=25, ge=1, description="steps in a row with a non-finite gradient before giving up"
-    )
+    max_skipped: int = Field(default=25, ge=1, description="steps in a row with a non-finite gradient before giving up")
 
 
 class Budget(Section):
@@ -100,24 +88,16 @@ class Budget(Section):
 
     steps: int | None = Field(default=None, ge=1, description="optimiser steps")
     epochs: float | None = Field(default=None, gt=0, description="passes over the training text")
-    minutes: float | None = Field(
-        default=None, gt=0, description="wall-clock minutes; not reproducible to the byte"
-    )
-    patience: int | None = Field(
-        default=None, ge=1, description="stop after so many validations without improvement"
-    )
+    minutes: float | None = Field(default=None, gt=0, description="wall-clock minutes; not reproducible to the byte")
+    patience: int | None = Field(default=None, ge=1, description="stop after so many validations without improvement")
 
 
 class Report(Section):
     """What is written down while training, and how often."""
 
     log_every: int = Field(default=10, ge=1, description="steps for one line of metrics.jsonl")
-    validate_every: int | None = Field(
-        default=None, ge=1, description="steps; default: 20 times in the budget"
-    )
-    validate_tokens: int = Field(
-        default=500_000, ge=1, description="most symbols per validation while training"
-    )
+    validate_every: int | None = Field(default=None, ge=1, description="steps; default: 20 times in the budget")
+    validate_tokens: int = Field(default=500_000, ge=1, description="most symbols per validation while training")
     save_seconds: float = Field(
         default=60.0, ge=0, description="seconds between checkpoints besides those at validations"
     )
@@ -129,9 +109,7 @@ class Machine(Section):
 
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps …")
     precision: Literal["float32", "bf16"] = Field(default="float32", description="bf16: autocast to bfloat16")
-    threads: int | None = Field(
-        default=None, ge=1, description="threads of torch; default: torch's own choice"
-    )
+    threads: int | None = Field(default=None, ge=1, description="threads of torch; default: torch's own choice")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of initialisation, dropout and samples")
 
 
@@ -160,8 +138,7 @@ def build_config(*layers: Mapping[str, Any]) -> Config:
     kinds = [kind for kind in BUDGETS if budget.get(kind) is not None]
     if len(kinds) > 1:
         raise OptionError(
-            f"the budget is given as {' and '.join(kinds)} at once; give exactly one of steps, epochs "
-            f"and minutes."
+            f"the budget is given as {' and '.join(kinds)} at once; give exactly one of steps, epochs and minutes."
         )
     if not kinds:
         budget["steps"] = DEFAULT_STEPS
@@ -201,9 +178,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise DataError(
-            f"{path} should hold sections such as 'model:' with settings, not {type(content).__name__}."
-        )
+        raise DataError(f"{path} should hold sections such as 'model:' with settings, not {type(content).__name__}.")
     return content
 
 
@@ -217,9 +192,7 @@ def parse_assignments(assignments: list[str] | tuple[str, ...]) -> dict[str, Any
         name, equals, value = assignment.partition("=")
         keys = name.strip().split(".")
         if not equals or len(keys) < 2 or not all(keys):
-            raise OptionError(
-                f"--set {assignment!r} is not of the form section.name=value, as in model.hidden=512."
-            )
+            raise OptionError(f"--set {assignment!r} is not of the form section.name=value, as in model.hidden=512.")
         place = settings
         for key in keys[:-1]:
             place = place.setdefault(key, {})
@@ -262,9 +235,7 @@ def _check_names(settings: Mapping[str, Any], model: type[BaseModel], prefix: st
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if not isinstance(value, Mapping):
                 fields = ", ".join(kind.model_fields)
-                raise OptionError(
-                    f"{prefix}{name} is a section with the settings {fields}; it was given {value!r}."
-                )
+                raise OptionError(f"{prefix}{name} is a section with the settings {fields}; it was given {value!r}.")
             _check_names(value, kind, f"{prefix}{name}.")
 
 

@@ -58,9 +58,7 @@ class Sampler:
         if self.top_p is not None and not (isinstance(self.top_p, int | float) and 0 < self.top_p <= 1):
             raise OptionError(f"top_p must be above 0 and at most 1, or None; got {self.top_p!r}")
 
-    def __call__(
-        self, logits: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
-    ) -> Tensor:
+    def __call__(self, logits: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """Ids (B,), int64, on the device of ``logits`` (B, V).
 
         ``generator``: one (on the CPU) for all rows, or one for each; None for torch's default.
@@ -231,9 +229,7 @@ def _uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] |
     if generator is None or isinstance(generator, torch.Generator):
         return torch.rand(rows, dtype=torch.float64, generator=generator)
     if len(generator) != rows:
-        raise InputError(
-            f"got {len(generator)} generators for {rows} rows: give one for each, or a single one"
-        )
+        raise InputError(f"got {len(generator)} generators for {rows} rows: give one for each, or a single one")
     return torch.cat([torch.rand(1, dtype=torch.float64, generator=own) for own in generator])
 
 

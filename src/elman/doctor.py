@@ -55,9 +55,7 @@ def check_numbers() -> list[dict[str, Any]]:
         for name in sorted(CELLS):
             values, gradients = _deviation(name, backend)
             ok = values <= TOLERANCE and gradients <= TOLERANCE
-            checks.append(
-                {"backend": backend, "cell": name, "values": values, "gradients": gradients, "ok": ok}
-            )
+            checks.append({"backend": backend, "cell": name, "values": values, "gradients": gradients, "ok": ok})
     return checks
 
 

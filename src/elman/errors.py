@@ -1,21 +1,21 @@
 """Everything that elman raises on purpose.
 
-    ElmanError
-    ├── UsageError                  the call or command itself is wrong (exit code 2)
-    │   ├── CellError               the cell does not follow the protocol forward(x, state) -> (y, state)
-    │   │   └── StateError          a state differs in structure, shape, dtype or device from what the cell carries on
-    │   ├── InputError              xs, constants or lengths do not fit
-    │   └── OptionError             an unknown name or impossible value; suggests the nearest known one
-    ├── UnfoldError                 the step cannot be unfolded by a fast backend (backend="auto" falls back)
-    │   ├── MixedRowsError          rows of the batch are mixed with one another
-    │   ├── DataDependentError      Python control flow depends on tensor values
-    │   ├── MutationError           the step changes a buffer or a Python attribute of the module
-    │   ├── CapturedTensorError     a tensor that requires gradients is captured from outside the module
-    │   └── UnsupportedError        an operation that this backend does not know
-    ├── ForwardModeError            forward-mode differentiation through a fast backend
-    ├── DataError                   a file that cannot be used: names file, place and fix (exit code 1)
-    ├── RunError                    a run directory or checkpoint that cannot be used or continued (exit code 1)
-    └── TrainingError               training cannot go on, for example the loss is not finite (exit code 1)
+ElmanError
+├── UsageError                  the call or command itself is wrong (exit code 2)
+│   ├── CellError               the cell does not follow the protocol forward(x, state) -> (y, state)
+│   │   └── StateError          a state differs in structure, shape, dtype or device from what the cell carries on
+│   ├── InputError              xs, constants or lengths do not fit
+│   └── OptionError             an unknown name or impossible value; suggests the nearest known one
+├── UnfoldError                 the step cannot be unfolded by a fast backend (backend="auto" falls back)
+│   ├── MixedRowsError          rows of the batch are mixed with one another
+│   ├── DataDependentError      Python control flow depends on tensor values
+│   ├── MutationError           the step changes a buffer or a Python attribute of the module
+│   ├── CapturedTensorError     a tensor that requires gradients is captured from outside the module
+│   └── UnsupportedError        an operation that this backend does not know
+├── ForwardModeError            forward-mode differentiation through a fast backend
+├── DataError                   a file that cannot be used: names file, place and fix (exit code 1)
+├── RunError                    a run directory or checkpoint that cannot be used or continued (exit code 1)
+└── TrainingError               training cannot go on, for example the loss is not finite (exit code 1)
 """
 
 from __future__ import annotations

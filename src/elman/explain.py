@@ -25,9 +25,7 @@ __all__ = ["LEVELS", "explain"]
 LEVELS = ("plan", "program", "code")
 
 
-def explain(
-    cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytree = None, level: str = "plan"
-) -> str:
+def explain(cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytree = None, level: str = "plan") -> str:
     """What ``scan(cell, xs)`` does, as text.
 
     ``level`` "plan" summarises segments, loops and their stages; "program" lists every operation; "code" is the

@@ -73,9 +73,7 @@ def uniform_(cell: nn.Module) -> None:
     """Every parameter from U(-1/√H, 1/√H): the draws of torch.nn's cells and layers, in their order."""
     hidden = getattr(cell, "hidden_size", None)
     if not isinstance(hidden, int):
-        raise OptionError(
-            f"an initialisation needs {type(cell).__name__}.hidden_size, the number of its units."
-        )
+        raise OptionError(f"an initialisation needs {type(cell).__name__}.hidden_size, the number of its units.")
     bound = 1 / math.sqrt(hidden)
     for parameter in cell.parameters(recurse=False):
         nn.init.uniform_(parameter, -bound, bound)

@@ -147,15 +147,11 @@ def _padded(layer: _Unfolded, input: Tensor, hx: Any, lengths: Tensor | list[int
 
 def _packed(layer: _Unfolded, input: PackedSequence, hx: Any, lengths: object) -> tuple[PackedSequence, Any]:
     if lengths is not None:
-        raise InputError(
-            "a PackedSequence already has its lengths: leave lengths out, or pass a padded tensor."
-        )
+        raise InputError("a PackedSequence already has its lengths: leave lengths out, or pass a padded tensor.")
     data, batch_sizes, order, restore = input
     sizes = tuple(batch_sizes.tolist())
     if isinstance(layer, nn.LSTM) and not torch.is_autocast_enabled(data.device.type):
-        _multiply_none(
-            data, _weights(layer)["weight_ih_l0"]
-        )  # torch.nn.LSTM alone does not check this beforehand
+        _multiply_none(data, _weights(layer)["weight_ih_l0"])  # torch.nn.LSTM alone does not check this beforehand
     hx = _zeros(layer, data, sizes[0]) if hx is None else layer.permute_hidden(hx, order)
     layer.check_forward_args(data, hx, batch_sizes)
     ys, final = _unfold_layers(layer, data, Rows.packed(sizes, sizes[0]), hx)
@@ -219,9 +215,7 @@ def _states(layer: _Unfolded, xs: Tensor, hx: Any, weight: Tensor) -> list[Tenso
     if torch.is_autocast_enabled(xs.device.type):
         return states
     _multiply_none(states[0][0], weight)
-    for index, s in enumerate(
-        states[1:], 1
-    ):  # the LSTM's s meets no weight, so it may be narrower, or float32
+    for index, s in enumerate(states[1:], 1):  # the LSTM's s meets no weight, so it may be narrower, or float32
         wide = torch.promote_types(s.dtype, xs.dtype)
         if wide not in (xs.dtype, torch.float32):
             raise RuntimeError(f"the cell state must have the dtype of the input, {xs.dtype}; got {s.dtype}.")

@@ -103,9 +103,7 @@ class NGram:
 
     def __init__(self, ids: np.ndarray, vocab_size: int, order: int = 5) -> None:
         if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-            raise OptionError(
-                f"the order of an n-gram model must be a whole number of at least 1; got {order!r}"
-            )
+            raise OptionError(f"the order of an n-gram model must be a whole number of at least 1; got {order!r}")
         if not len(ids):
             raise DataError("an n-gram model is counted on a text, and this one is empty")
         self.vocab_size = vocab_size
@@ -129,9 +127,7 @@ class NGram:
         """−ln p per token of ``ids``, over all of them but the first; contexts do not reach before the
         first."""
         if len(ids) < 2:
-            raise DataError(
-                f"the held-out text has {len(ids)} tokens, and the first is not predicted: give 2"
-            )
+            raise DataError(f"the held-out text has {len(ids)} tokens, and the first is not predicted: give 2")
         symbols = self._symbols(ids)
         probabilities = np.full(len(symbols), 1 / self.vocab_size)
         contexts = np.zeros(len(symbols) + 1, np.int64)  # number of the (k−1)-gram that starts at m, or −1
@@ -160,9 +156,7 @@ class NGram:
     def _symbols(self, ids: np.ndarray) -> np.ndarray:
         symbols = np.asarray(ids, np.int64)
         if len(symbols) and (symbols.min() < 0 or symbols.max() >= self.vocab_size):
-            raise InputError(
-                f"ids must be from 0 to {self.vocab_size - 1}; got {symbols.min()} to {symbols.max()}"
-            )
+            raise InputError(f"ids must be from 0 to {self.vocab_size - 1}; got {symbols.min()} to {symbols.max()}")
         return symbols
 
 
@@ -186,9 +180,7 @@ class _Level:
         return np.where(self.keys[places] == wanted, places, -1)
 
     def interpolate(self, contexts: np.ndarray, found: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        return (
-            np.where(found < 0, 0, self.own[found]) + np.where(contexts < 0, 1, self.rest[contexts]) * lower
-        )
+        return np.where(found < 0, 0, self.own[found]) + np.where(contexts < 0, 1, self.rest[contexts]) * lower
 
 
 def _level(keys: np.ndarray, counts: np.ndarray, contexts: int, vocab_size: int) -> _Level:

@@ -28,11 +28,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     """Draw bits per character over steps, training and validation, from a metrics.jsonl into a PNG."""
     lines = read_metrics(metrics)
     train = [(line["step"], line["bits_per_character"]) for line in lines if line.get("bits_per_character")]
-    valid = [
-        (line["step"], line["valid_bits_per_character"])
-        for line in lines
-        if line.get("valid_bits_per_character")
-    ]
+    valid = [(line["step"], line["valid_bits_per_character"]) for line in lines if line.get("valid_bits_per_character")]
     if not train and not valid:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,9 +47,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
         )
     if valid:
         label = f"validation, best {min(value for _, value in valid):.3f}"
-        axes.plot(
-            *zip(*valid, strict=True), color="#c2410c", linewidth=1.8, marker="o", markersize=3.5, label=label
-        )
+        axes.plot(*zip(*valid, strict=True), color="#c2410c", linewidth=1.8, marker="o", markersize=3.5, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per character")
     axes.grid(color="#dddddd", linewidth=0.6)

@@ -69,9 +69,7 @@ class Reporter:
             self._shown = now
             print(self._line(snapshot, now), file=self.stream, flush=True)
 
-    def validation(
-        self, step: int, loss: float, bits: float | None, better: bool, sample: str | None
-    ) -> None:
+    def validation(self, step: int, loss: float, bits: float | None, better: bool, sample: str | None) -> None:
         """A validation is done; ``sample`` is text drawn from the model, if any was."""
         figure = "not finite" if bits is None else f"{bits:.4f} bits per character"
         self.note(f"step {step:,}  validation {figure} (loss {loss:.4f}){'  best so far' if better else ''}")

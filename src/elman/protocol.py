@@ -128,8 +128,8 @@ class Protocol:
         name = type(self.cell).__name__
         if new.structure != self.state.structure or len(new.leaves) != len(old):
             raise StateError(
-                f"{name} returned a state of another structure (tuple, list or dict) than it was given: {new.described()} instead of "
-                f"{self.state.described()}."
+                f"{name} returned a state of another structure (tuple, list or dict) than it was given: "
+                f"{new.described()} instead of {self.state.described()}."
             )
         carried = []
         for i, (after, before) in enumerate(zip(new.leaves, old, strict=True)):

@@ -74,14 +74,10 @@ class Tokenizer:
             for piece in [source] if isinstance(source, str) else _characters(Path(source)):
                 seen.update(piece)
         if not seen:
-            raise DataError(
-                "char tokens need the training text, and it holds no characters: name a text file"
-            )
+            raise DataError("char tokens need the training text, and it holds no characters: name a text file")
         symbols = "".join(sorted(seen))
         if _SURROGATE.search(symbols):
-            raise InputError(
-                "the text holds lone surrogates, which are not Unicode characters: decode it as UTF-8"
-            )
+            raise InputError("the text holds lone surrogates, which are not Unicode characters: decode it as UTF-8")
         return cls(kind, symbols)
 
     @property
@@ -261,9 +257,7 @@ def tokenise(paths: Sequence[Source], tokenizer: Tokenizer, cache: Source) -> To
     if not files:
         raise UsageError("no file to tokenise was given: name at least one text file")
     sha256, sizes = _fingerprint(files)
-    entry = Entry.of(
-        Path(cache), {"sha256": sha256, "sizes": sizes, "tokenizer": tokenizer.to_json()}, tokenizer.dtype
-    )
+    entry = Entry.of(Path(cache), {"sha256": sha256, "sizes": sizes, "tokenizer": tokenizer.to_json()}, tokenizer.dtype)
     found = entry.load()
     if found is None:
         try:
@@ -275,9 +269,7 @@ def tokenise(paths: Sequence[Source], tokenizer: Tokenizer, cache: Source) -> To
             ) from error
         found = entry.load()
         if found is None:
-            raise DataError(
-                f"the token cache in {cache} does not hold what was written to it: check that disk"
-            )
+            raise DataError(f"the token cache in {cache} does not hold what was written to it: check that disk")
         reused = False
     else:
         reused = True
@@ -296,9 +288,7 @@ def split(tokens: Tokens | np.ndarray, valid: float, test: float) -> Split:
         if not 0 <= fraction < 1:
             raise OptionError(f"{name} must be a fraction of the text, from 0 to below 1; got {fraction}")
     if valid + test >= 1:
-        raise OptionError(
-            f"valid {valid} and test {test} leave nothing to train on; together they must stay below 1"
-        )
+        raise OptionError(f"valid {valid} and test {test} leave nothing to train on; together they must stay below 1")
     sizes = {"valid": round(len(ids) * valid), "test": round(len(ids) * test)}
     sizes["train"] = len(ids) - sizes["valid"] - sizes["test"]
     for name, fraction in (("train", 1 - valid - test), ("valid", valid), ("test", test)):
@@ -321,9 +311,7 @@ def default_text() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DataError(
-            "this Python was installed without its manual (pydoc_data): name a text file"
-        ) from error
+        raise DataError("this Python was installed without its manual (pydoc_data): name a text file") from error
     return "\n".join(topics[name] for name in sorted(topics))
 
 
@@ -342,9 +330,7 @@ def write_default_text(folder: Source) -> Path:
             with write_atomically(path) as file:
                 file.write(content)
     except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}; choose another directory"
-        ) from error
+        raise DataError(f"cannot write {path}: {error.strerror or error}; choose another directory") from error
     return path
 
 
@@ -372,9 +358,7 @@ def _blocks(path: Path, digest: Any = None) -> Iterator[bytes]:
         if path.is_dir():
             raise DataError(f"{path} is a directory: name the files in it, for example {path}/*.txt")
         if path.exists() and not path.is_file():
-            raise DataError(
-                f"{path} is no regular file and can be read only once: store its text in a file first"
-            )
+            raise DataError(f"{path} is no regular file and can be read only once: store its text in a file first")
         with open(path, "rb") as file:
             block = file.read(BLOCK)
             if not block:
@@ -468,7 +452,5 @@ def _tokenise_into(entry: Entry, files: Sequence[Path], tokenizer: Tokenizer, sh
                     facts["unknown"] += int((ids == 0).sum())
         if digest.hexdigest() != sha256:
             names = ", ".join(map(str, files))
-            raise DataError(
-                f"a file changed while it was being read ({names}): run again when it is complete"
-            )
+            raise DataError(f"a file changed while it was being read ({names}): run again when it is complete")
     entry.seal(facts)

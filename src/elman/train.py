@@ -387,9 +387,7 @@ def load_checkpoint(run: RunDirectory, which: str = "last") -> tuple[dict[str, T
         )
         raise RunError(f"{error}{way_out}") from error
     if facts.get("format") != FORMAT:
-        raise RunError(
-            f"{file} has format {facts.get('format')!r}; this version of elman reads format {FORMAT}."
-        )
+        raise RunError(f"{file} has format {facts.get('format')!r}; this version of elman reads format {FORMAT}.")
     return tensors, facts
 
 

@@ -1,9 +1,9 @@
 """Shape letters and the protocol that every cell follows.
 
-    T  time steps of a sequence            H  units of a hidden state
-    B  sequences of a batch (rows)         V  symbols of a vocabulary
-    D  features of an input                S  positions of a source that is attended to
-    N  packed rows: one for each step of each sequence, T·B when all lengths are equal
+T  time steps of a sequence            H  units of a hidden state
+B  sequences of a batch (rows)         V  symbols of a vocabulary
+D  features of an input                S  positions of a source that is attended to
+N  packed rows: one for each step of each sequence, T·B when all lengths are equal
 """
 
 from __future__ import annotations

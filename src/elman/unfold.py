@@ -198,9 +198,7 @@ def prepare(
 ) -> tuple[Protocol, list[Tensor]]:
     """Check what a cell is given. Returns its protocol and the leaves of the constants."""
     if not isinstance(cell, nn.Module):
-        raise CellError(
-            f"cell must be an nn.Module with forward(x, state) -> (y, state); got a {type(cell).__name__}."
-        )
+        raise CellError(f"cell must be an nn.Module with forward(x, state) -> (y, state); got a {type(cell).__name__}.")
     x_tree = Tree(xs)
     c_tree = None if constants is None else Tree(constants)
     if state is None:

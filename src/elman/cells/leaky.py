@@ -34,9 +34,7 @@ class LeakyCell(GatedCell):
     gates = ("candidate",)
     shown = ("alpha",)
 
-    def __init__(
-        self, input_size: int, hidden_size: int, alpha: float = 0.9, **common: Unpack[Common]
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, alpha: float = 0.9, **common: Unpack[Common]) -> None:
         super().__init__(input_size, hidden_size, **common)
         if not isinstance(alpha, int | float) or not 0 <= alpha < 1:
             raise OptionError(f"LeakyCell: alpha must be in [0, 1), got {alpha!r}; 0 is the Elman cell.")

@@ -44,9 +44,7 @@ def squash_of(given: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
             raise OptionError.unknown("squashing function", given, sorted(SQUASHES))
         return SQUASHES[given]
     if not callable(given):
-        raise OptionError(
-            f"squash must be a function of one tensor or a name ({', '.join(SQUASHES)}); got {given!r}."
-        )
+        raise OptionError(f"squash must be a function of one tensor or a name ({', '.join(SQUASHES)}); got {given!r}.")
     return given
 
 

@@ -63,17 +63,13 @@ def lm(
     ] = None,
     out: Annotated[str | None, _run("Run directory to make (default runs/FILE-CELL).")] = None,
     overwrite: Annotated[bool, _run("Replace a run that is there.", "--overwrite")] = False,
-    config: Annotated[
-        str | None, _run("YAML file with settings; options win over it.", metavar="FILE")
-    ] = None,
+    config: Annotated[str | None, _run("YAML file with settings; options win over it.", metavar="FILE")] = None,
     set_: Annotated[
         list[str] | None,
         _run("Any setting, over all else; may be repeated.", "--set", metavar="SECTION.NAME=VALUE"),
     ] = None,
     log_every: Annotated[int | None, _run("Steps for a line of metrics.jsonl (default 10).")] = None,
-    validate_every: Annotated[
-        int | None, _run("Steps between validations (default a 20th of the budget).")
-    ] = None,
+    validate_every: Annotated[int | None, _run("Steps between validations (default a 20th of the budget).")] = None,
     as_json: Annotated[bool, _run("Print the result as JSON.", "--json")] = False,
     quiet: Annotated[bool, _run("No progress.", "--quiet", "-q")] = False,
     valid: Annotated[str | None, _data("Validation text (default: a 20th of FILES).")] = None,
@@ -85,12 +81,8 @@ def lm(
     layers: Annotated[int | None, _model("Cells on top of one another (default 1).")] = None,
     hidden: Annotated[int | None, _model("Units of each layer (default 256).")] = None,
     embedding: Annotated[int | None, _model("Width of the embedding (default: hidden).")] = None,
-    dropout: Annotated[
-        float | None, _model("Dropout on input, between layers, on output (default 0).")
-    ] = None,
-    tie: Annotated[
-        bool | None, _model("Share embedding and output weights (default no).", "--tie/--no-tie")
-    ] = None,
+    dropout: Annotated[float | None, _model("Dropout on input, between layers, on output (default 0).")] = None,
+    tie: Annotated[bool | None, _model("Share embedding and output weights (default no).", "--tie/--no-tie")] = None,
     optimizer: Annotated[str | None, _training("adam, adamw or sgd (default adamw).")] = None,
     lr: Annotated[float | None, _training("Peak learning rate (default 0.002).")] = None,
     warmup: Annotated[int | None, _training("Steps of warm-up (default at most 100).")] = None,
@@ -142,9 +134,7 @@ def lm(
     }
     from ..config import build_config, parse_assignments, read_config_file
 
-    settings = build_config(
-        read_config_file(config) if config else {}, given(options), parse_assignments(set_ or [])
-    )
+    settings = build_config(read_config_file(config) if config else {}, given(options), parse_assignments(set_ or []))
     from ..progress import Reporter
     from ..runs import start
 
@@ -158,9 +148,7 @@ def resume(
     epochs: Annotated[float | None, typer.Option(help="A larger budget, in passes over the text.")] = None,
     minutes: Annotated[float | None, typer.Option(help="A larger budget, in minutes in all.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many validations without gain.")] = None,
-    source: Annotated[
-        str | None, typer.Option("--from", help="Checkpoint: last or best.", show_default="last")
-    ] = None,
+    source: Annotated[str | None, typer.Option("--from", help="Checkpoint: last or best.", show_default="last")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Run the code of the run's own cell file.")] = False,
     set_: Annotated[
         list[str] | None,

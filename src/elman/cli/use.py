@@ -90,9 +90,7 @@ def generate(
 
 def score(
     run: Run,
-    file: Annotated[
-        Path | None, typer.Argument(help="Text; without it, standard input.", show_default=False)
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(help="Text; without it, standard input.", show_default=False)] = None,
     as_json: Json = False,
     trust: Trust = False,
     device: Device = "cpu",
@@ -151,8 +149,7 @@ def read(model: TrainedLanguageModel, file: Path) -> np.ndarray:
 def note_unknown(count: int, where: str) -> None:
     if count:
         print(
-            f"note: {where} has {count:,} symbols that the training text has not; "
-            f"each is read as the unknown symbol.",
+            f"note: {where} has {count:,} symbols that the training text has not; each is read as the unknown symbol.",
             file=sys.stderr,
         )
 

@@ -13,7 +13,7 @@ from ..errors import ForwardModeError
 from ..packing import Rows
 from . import reference
 from .compiled import Compiled, Differentiated
-from .trace import batch_multiple
+from .step import batch_multiple
 
 __all__ = ["Call", "chunk_length", "needs_of", "run"]
 
@@ -27,7 +27,7 @@ class Call:
     reverse: bool
     chunk: int | None
     counts: tuple[int, int, int, int]  # xs, state, weights, draws
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
     def parts(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[list[Tensor], ...]:
         """The flat list of tensors, cut into xs, state, weights, draws."""
@@ -89,7 +89,9 @@ def _run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:
     starts, results = [], []
     for rows, here in pieces:
         starts.append(state)
-        ys, state, kept, _ = run_chunk(rows, call.reverse, [x[here] for x in xs], state, weights, [d[here] for d in draws])
+        ys, state, kept, _ = run_chunk(
+            rows, call.reverse, [x[here] for x in xs], state, weights, [d[here] for d in draws]
+        )
         results.append((ys, kept))
     order = results[::-1] if call.reverse else results
     ys = [torch.cat(leaves) for leaves in zip(*(r[0] for r in order), strict=True)]
@@ -102,7 +104,7 @@ class Unfold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Any, ...]:
-        xs, state, weights, draws = parts = call.parts(tensors)
+        xs, state, weights, _ = parts = call.parts(tensors)
         needs = ctx.needs_input_grad[1:]
         a, b = len(xs), len(xs) + len(state)
         rule = call.compiled.derivative(tuple(needs[:a]), tuple(needs[b : b + len(weights)]))
@@ -197,7 +199,9 @@ def plain(call: Call, tensors: list[Tensor]) -> tuple[Any, ...]:
     """The same call as a plain loop over the traced step, with the same draws."""
     xs, state, weights, draws = call.parts(tensors)
     step, function = call.compiled.step, call.compiled.plain
-    where = [next((d for d, n in enumerate(w.meta["val"].shape) if batch_multiple(n, step.unit)), None) for w in step.weights]
+    where = [
+        next((d for d, n in enumerate(w.meta["val"].shape) if batch_multiple(n, step.unit)), None) for w in step.weights
+    ]
 
     def one(leaves: list[Tensor], s: list[Tensor], constants: list[Tensor]) -> Any:
         mine = iter(constants)

@@ -14,7 +14,8 @@ from ..protocol import Protocol
 from .compiled import Compiled
 from .key import MODULE_INTERNALS, ambient, fingerprint
 from .lock import tracing
-from .trace import Leaf, perturb, trace
+from .step import Leaf
+from .trace import perturb, trace
 
 __all__ = ["Signature", "forget", "program_of", "remember"]
 
@@ -174,4 +175,3 @@ def forget() -> None:
     """Drop all programs."""
     with tracing():
         _programs.clear()
-

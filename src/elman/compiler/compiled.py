@@ -17,7 +17,7 @@ from .independence import annotate
 from .interpret import Runner, compile_program, compile_step
 from .lock import tracing
 from .program import Program, hoist, partition
-from .trace import Step
+from .step import Step
 
 __all__ = ["Compiled", "Differentiated"]
 
@@ -42,8 +42,9 @@ class Differentiated:
 
 
 class Compiled:
-    """A traced step, split into what holds for a whole call and what varies; ``y`` is the structure of its output, which
-    the values ``recorded`` by name follow.
+    """A traced step, split into what holds for a whole call and what varies.
+
+    ``y`` is the structure of its output; the values ``recorded`` by name follow it among the ys.
 
     ``invariant(B, [], [], weights, [])`` gives, under ordinary autograd, the values that ``step`` takes as weights.
     Raises UnfoldError subclasses when the step cannot be unfolded.

@@ -18,7 +18,7 @@ from ..protocol import Protocol, Tree
 from .autograd import Call, chunk_length, run
 from .cache import Signature, program_of
 from .compiled import Compiled
-from .trace import Leaf
+from .step import Leaf
 
 __all__ = ["in_graph"]
 
@@ -42,7 +42,9 @@ def in_graph(
     xs, state = protocol.xs, protocol.state
     leaves = [[_leaf(x, True) for x in part] for part in (xs.leaves, state.leaves, constants)]
     leaves.append([_leaf(p, False) for p in parameters.values()])
-    number = _number(protocol.cell, _skeleton(xs), _skeleton(state), _skeleton(protocol.constants), leaves, list(parameters))
+    number = _number(
+        protocol.cell, _skeleton(xs), _skeleton(state), _skeleton(protocol.constants), leaves, list(parameters)
+    )
     chunk = chunk_length(remat, rows.steps) or 0
     counts = [len(xs.leaves), len(state.leaves), len(parameters)]
     tensors = [*xs.leaves, *state.leaves, *parameters.values(), *constants]
@@ -90,7 +92,15 @@ def _single(number: int) -> bool:
 
 
 def _call(
-    tensors: list[Tensor], lengths: Any, counts: list[int], number: int, steps: int, batch: int, reverse: bool, chunk: int, draws: Any
+    tensors: list[Tensor],
+    lengths: Any,
+    counts: list[int],
+    number: int,
+    steps: int,
+    batch: int,
+    reverse: bool,
+    chunk: int,
+    draws: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The operator's work under ordinary autograd: ys and final state, and the draws; rows are padded."""
     program = _programs[number]
@@ -187,10 +197,20 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grads: list[Tensor]) -> Any:
     saved = ctx.saved_tensors
     n = len(saved) - ctx.draws
+    tensors, draws, of_results = list(saved[:n]), list(saved[n:]), list(grads[: len(grads) - ctx.draws])
     found = torch.ops.elman.unfold_backward(
-        list(saved[:n]), ctx.lengths, list(saved[n:]), [*grads[: len(grads) - ctx.draws]], ctx.counts, ctx.number, ctx.steps,
-        ctx.batch, ctx.reverse, ctx.chunk, ctx.needs,
-    )  # fmt: skip
+        tensors,
+        ctx.lengths,
+        draws,
+        of_results,
+        ctx.counts,
+        ctx.number,
+        ctx.steps,
+        ctx.batch,
+        ctx.reverse,
+        ctx.chunk,
+        ctx.needs,
+    )
     return [g if need else None for g, need in zip(found, ctx.needs, strict=True)], *[None] * 7
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, fx
 
 from .independence import annotate, is_varying
 from .simplify import fuse, simplify
-from .trace import Step, explained, functional
+from .step import Step, explained
+from .trace import functional
 
 __all__ = ["Derivative", "derive"]
 
@@ -247,7 +248,9 @@ def _stored(behind: list[fx.Node], forward: set[fx.Node], given: set[fx.Node]) -
     return sorted(stored, key=order.__getitem__)
 
 
-def _slice(joint: Step, xs: list[fx.Node], state: list[fx.Node], draws: list[fx.Node]) -> tuple[Step, dict[fx.Node, fx.Node]]:
+def _slice(
+    joint: Step, xs: list[fx.Node], state: list[fx.Node], draws: list[fx.Node]
+) -> tuple[Step, dict[fx.Node, fx.Node]]:
     """A step of its own that starts from these values; what cannot be reached from them is left out."""
     graph = fx.Graph(joint.root)
     env: dict[fx.Node, fx.Node] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .trace import batch_multiple
+from .step import batch_multiple
 
 __all__ = ["Names", "call", "out_variant", "shape_source"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import MixedRowsError, UnsupportedError
-from .trace import Step, batch_multiple, location
+from .step import Step, batch_multiple, location
 
 __all__ = ["annotate", "is_varying", "rows_of_node"]
 
@@ -38,7 +38,12 @@ _ALONG_DIM = {
     "slice_scatter", "select_scatter", "logsumexp", "cummax", "cummin", "norm", "linalg_vector_norm",
 }  # fmt: skip
 _SUMS = {
-    "sum", "mm", "addmm", "bmm", "_trilinear", "embedding_dense_backward", "native_layer_norm_backward", "convolution_backward",
+    "sum", "mm", "addmm", "bmm", "_trilinear", "embedding_dense_backward", "native_layer_norm_backward",
+    "convolution_backward",
+}  # fmt: skip
+_POINTWISE = {
+    "silu_backward", "gelu_backward", "softplus_backward", "elu_backward", "threshold_backward", "sigmoid_backward",
+    "tanh_backward",
 }  # fmt: skip
 
 
@@ -140,7 +145,7 @@ def _check(node: fx.Node, rows: Any, unit: int, sums: bool) -> None:
     elif name in _MOVES:
         ok = name not in ("embedding",) or not is_varying(node.args[0])  # type: ignore[arg-type]
         ok = ok and (name not in ("where", "masked_fill", "copy") or _aligned(node.args))
-    elif torch.Tag.pointwise in target.tags or name in ("silu_backward", "gelu_backward", "softplus_backward", "elu_backward", "threshold_backward", "sigmoid_backward", "tanh_backward"):
+    elif torch.Tag.pointwise in target.tags or name in _POINTWISE:
         ok = _aligned(node.args)
     else:
         raise UnsupportedError(

@@ -17,7 +17,7 @@ from ..packing import Rows
 from .emit import Names, call, out_variant, shape_source
 from .independence import is_varying, rows_of_node
 from .program import Loop, Program, Segment
-from .trace import Step
+from .step import Step
 
 __all__ = ["compile_program", "compile_step"]
 
@@ -422,7 +422,10 @@ class _LoopWriter:
                 env[state] = w.fresh(state.name)
                 line(f"{env[state]} = {self.env[state]}[:n]", 2)
             for node, text in self.env.items():
-                if node not in (self.step.state[i] for i in self.loop.carried) and (d := w._batch_dim(node)) is not None:
+                if (
+                    node not in (self.step.state[i] for i in self.loop.carried)
+                    and (d := w._batch_dim(node)) is not None
+                ):
                     env[node] = w.fresh(f"{node.name}_now")
                     line(f"{env[node]} = {text}.narrow({d}, 0, n)", 2)
         for node, views in self.views.items():
@@ -462,7 +465,9 @@ class _LoopWriter:
         """Values that may be views of the carried buffers are copied before those are written."""
         views = {self.step.state[i] for i in self.loop.carried}
         return [
-            f"{text}.clone()" if len(new) > 1 and (self.step.next[i] in views or not out_variant(self.step.next[i])) else text
+            f"{text}.clone()"
+            if len(new) > 1 and (self.step.next[i] in views or not out_variant(self.step.next[i]))
+            else text
             for i, text in zip(self.loop.carried, new, strict=True)
         ]
 

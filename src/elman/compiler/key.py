@@ -46,7 +46,7 @@ def _freeze(value: Any, depth: int = 0) -> Hashable:
         return ("nan",) if value != value else (kind, value)
     if isinstance(value, Tensor):
         return (_Identity(value), tuple(value.shape), value.dtype)
-    if isinstance(value, nn.Module) or isinstance(value, _FUNCTIONS) or depth > 5:
+    if isinstance(value, (nn.Module, *_FUNCTIONS)) or depth > 5:
         return _Identity(value)
     if isinstance(value, (list, tuple)):
         return (kind, *(_freeze(v, depth + 1) for v in value))

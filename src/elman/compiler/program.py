@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from .independence import is_varying
-from .trace import Step
+from .step import Step
 
 __all__ = ["Loop", "Program", "Segment", "hoist", "partition"]
 
@@ -134,7 +134,9 @@ def partition(step: Step) -> Program:
     loop_of: dict[fx.Node, int] = {}
     for c in cyclic:
         feeds = _ancestors([step.next[i] for i in components[c]])
-        loop_of.update((n, c) for n in nodes if n in feeds and n.op == "call_function" and reads[n] & set(components[c]))
+        loop_of.update(
+            (n, c) for n in nodes if n in feeds and n.op == "call_function" and reads[n] & set(components[c])
+        )
 
     for n in nodes:  # the parts of a result live where the result does
         if n.target is operator.getitem and n.args[0] in loop_of:
@@ -242,4 +244,3 @@ def _stages(
         if node not in loop_of:
             after(node)
     return stages
-

@@ -1,19 +1,20 @@
 """Small rewrites of a step's graph that every backend profits from. Each keeps the value, up to rounding.
 
-    alias, and detach once derived: gone
-    sums of terms           what depends on no state is added first, so that it leaves the loop;
-                            a matrix product is added by addmm
-    slice gradients         the gradients of all the slices of one value become one concatenation
+alias, and detach once derived: gone
+sums of terms           what depends on no state is added first, so that it leaves the loop;
+                        a matrix product is added by addmm
+slice gradients         the gradients of all the slices of one value become one concatenation
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx
 
-from .trace import Step
+from .step import Step
 
 __all__ = ["fuse", "simplify"]
 
@@ -136,7 +137,7 @@ def _join_slices(step: Step) -> None:
         slices.sort(key=lambda t: t.args[3])  # type: ignore[arg-type,return-value]
         edges = [(t.args[3], min(t.args[4], full)) for t in slices]  # type: ignore[type-var]
         covers = edges[0][0] == 0 and edges[-1][1] == full
-        if covers and all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False)):
+        if covers and all(a[1] == b[0] for a, b in pairwise(edges)):
             with step.graph.inserting_before(root):
                 joined = _make(step, aten.cat.default, ([t.args[0] for t in slices], dim), root)
             _replace(step, root, joined)

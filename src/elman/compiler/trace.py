@@ -13,8 +13,7 @@ import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -35,8 +34,10 @@ from ..errors import (
     MutationError,
     UnsupportedError,
 )
+from .draws import draws_become_inputs
+from .step import Leaf, Step, batch_multiple, fake, location, user_line
 
-__all__ = ["Leaf", "Step", "batch_multiple", "decompositions", "fake", "location", "perturb", "trace"]
+__all__ = ["decompositions", "functional", "perturb", "trace"]
 
 aten = torch.ops.aten
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069)
@@ -73,43 +74,6 @@ _TAKEN_APART = (
 )
 
 
-class Leaf(NamedTuple):
-    """What is known of a tensor before any data: its shape past the batch, dtype and device."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    batched: bool
-
-
-@dataclass
-class Step:
-    """One step as a graph, and the role of each of its ends.
-
-    Placeholders: ``xs`` differ at every time and row, ``state`` is what the last step left, ``weights`` hold for
-    all steps (parameters without, constants with a batch dimension), ``draws`` are random numbers, new at every
-    step. Outputs: ``ys``, the ``next`` state, values ``kept`` by name, and ``sums`` over time, by weight index.
-    ``unit`` is the prime that stands for the batch size.
-    """
-
-    graph: fx.Graph
-    root: fx.GraphModule
-    unit: int
-    xs: list[fx.Node]
-    state: list[fx.Node]
-    weights: list[fx.Node]
-    draws: list[fx.Node] = field(default_factory=list)
-    ys: list[fx.Node | None] = field(default_factory=list)
-    next: list[fx.Node] = field(default_factory=list)
-    kept: dict[str, fx.Node] = field(default_factory=dict)
-    sums: dict[int, fx.Node] = field(default_factory=dict)
-
-    def outputs(self) -> list[fx.Node]:
-        """Every node that leaves the step."""
-        found = [*(y for y in self.ys if y is not None), *self.next, *self.kept.values(), *self.sums.values()]
-        return list(dict.fromkeys(found))
-
-
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's core ATen decompositions, less the fused forms that backends keep whole."""
     table = dict(core_aten_decompositions())
@@ -117,42 +81,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         table.pop(op, None)
     table.update(get_decompositions(_TAKEN_APART))
     return table
-
-
-def batch_multiple(value: Any, unit: int) -> int:
-    """k where an integer of the graph stands for k·B; 0 where it is an ordinary integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return 0
-    return value // unit if value and value % unit == 0 else 0
-
-
-def fake(mode: FakeTensorMode, leaf: Leaf, unit: int) -> Tensor:
-    """A tensor of that shape without data; its batch dimension, if any, is ``unit``."""
-    shape = (unit, *leaf.shape) if leaf.batched else leaf.shape
-    with mode:
-        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
-
-
-def location(node: fx.Node) -> str:
-    """The user's own line behind a node: ``file.py:12: h = h.mean(0)``."""
-    return _user_line(node.meta.get("stack_trace") or "")
-
-
-def _user_line(stack: str) -> str:
-    lines = stack.splitlines()
-    for i in range(len(lines) - 1, -1, -1):
-        line = lines[i].strip()
-        if line.startswith('File "') and not _ours(line.split('"')[1]):
-            name, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
-            code = lines[i + 1].strip() if i + 1 < len(lines) else ""
-            return f"{name}:{number}: {code}"
-    return "a line that was not recorded"
-
-
-def _ours(filename: str) -> bool:
-    path = filename.replace("\\", "/")
-    engine = ("/elman/compiler/", "/elman/unfold.py", "/elman/protocol.py", "/elman/recording.py")
-    return "/torch/" in path or path.startswith("<") or any(part in path for part in engine)
 
 
 def trace(
@@ -174,7 +102,7 @@ def trace(
     _compare(step, _trace_at(second, function, xs, state, weights))
     for small in (1, 2):
         _compare_lines(step, _trace_at(small, function, xs, state, weights))
-    _draws_become_inputs(step)
+    draws_become_inputs(step)
     return step
 
 
@@ -250,7 +178,7 @@ class _Watch(TorchFunctionMode):
             what, instead = "registers a hook on a tensor", "Register it on what scan returns, or on a parameter"
         else:
             return func(*args, **(kwargs or {}))
-        line = _user_line("".join(traceback.format_stack()))
+        line = user_line("".join(traceback.format_stack()))
         raise UnsupportedError(f"the step {what}, at {line}. {instead}.")
 
 
@@ -276,7 +204,7 @@ def functional(function: Callable[..., Any], inputs: list[Tensor]) -> fx.GraphMo
 
 
 def _correct_statistics(graph: fx.Graph) -> None:
-    """Fake tensors give the mean and deviation of a layer norm the type of its input; kernels give mixed types float32."""
+    """Fake tensors give the statistics of a layer norm the type of its input; kernels for mixed types give float32."""
     for node in graph.nodes:
         if node.target is operator.getitem and node.args[0].target is aten.native_layer_norm.default and node.args[1]:
             source, weight = node.args[0].args[0], node.args[0].args[2]
@@ -312,6 +240,9 @@ def _traced(function: Callable[..., Any], mode: FakeTensorMode, inputs: list[Ten
         return functional(function, inputs)
 
 
+_READS_VALUES = ("tracing tensor", "data-dependent", ".numpy()", "memory address", "fake tensor")
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     """What tracing cannot follow becomes an UnfoldError that says so, with the user's line."""
@@ -328,7 +259,9 @@ def _translated() -> Iterator[None]:
         ) from error
     except Exception as error:  # whatever a user's step may raise; the plain loop shows it as it is
         text = str(error)
-        if any(sign in text for sign in ("tracing tensor", "data-dependent", ".numpy()", "memory address", "fake tensor")):
+        if any(
+            sign in text for sign in ("tracing tensor", "data-dependent", ".numpy()", "memory address", "fake tensor")
+        ):
             raise DataDependentError(
                 f"the step reads the value of a tensor in Python, at {_raised_at(error)}. Keep it a tensor: use "
                 "torch.where instead of a branch, and tensor operations instead of .item() or .numpy()."
@@ -341,7 +274,7 @@ def _translated() -> Iterator[None]:
 
 
 def _raised_at(error: BaseException) -> str:
-    return _user_line("".join(traceback.format_tb(error.__traceback__)))
+    return user_line("".join(traceback.format_tb(error.__traceback__)))
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -396,7 +329,10 @@ def _check_numbers(node: fx.Node, unit: int) -> None:
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     schema = node.target._schema.arguments
-    given = [*zip(schema, node.args, strict=False), *((a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs)]
+    given = [
+        *zip(schema, node.args, strict=False),
+        *((a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs),
+    ]
     for argument, value in given:
         if batch_multiple(value, unit) and "SymInt" not in str(argument.real_type):
             raise _batch_dependent(node)
@@ -431,72 +367,6 @@ def _same(a: Any, b: Any, unit: int, other: int) -> bool:
     return multiple == batch_multiple(b, other) if multiple else bool(a == b or (a != a and b != b))
 
 
-def _draws_become_inputs(step: Step) -> None:
-    """Random operations turn into placeholders, to be drawn for all steps beforehand."""
-    last = next(node for node in reversed(step.graph.nodes) if node.op == "placeholder")
-    for node in list(step.graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if torch.Tag.nondeterministic_seeded not in node.target.tags:
-            continue
-        _check_draw(node, step.unit)
-        with step.graph.inserting_after(last):
-            draw = step.graph.placeholder(f"draw_{len(step.draws)}")
-        draw.meta = {"val": node.meta["val"], "draw": _recipe(node, step.unit), "stack_trace": node.meta.get("stack_trace")}
-        node.replace_all_uses_with(draw)
-        step.draws.append(draw)
-        last = draw
-        for role in (step.ys, step.next):
-            role[:] = [draw if out is node else out for out in role]
-        step.graph.erase_node(node)
-
-
-_DRAWS = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "uniform", "normal_functional", "bernoulli", "exponential"}
-
-
-def _check_draw(node: fx.Node, unit: int) -> None:
-    op = node.target
-    if op._schema.name.split("::")[1] not in _DRAWS or op is aten.bernoulli.default:  # type: ignore[union-attr]
-        raise UnsupportedError(f"{op} draws from a distribution that the step computes, at {location(node)}.")
-    if "generator" in op._overloadname:  # type: ignore[union-attr]
-        raise UnsupportedError(
-            f"{op} draws from a generator of its own, at {location(node)}. Use the default generator, or draw before "
-            "the scan and pass the numbers through xs."
-        )
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.dim() == 0 or batch_multiple(value.shape[0], unit) != 1:
-        raise UnsupportedError(
-            f"{node.target} draws numbers that are shared by the rows of the batch, at {location(node)}. Draw one for "
-            "each row (shape (B, …)), or draw before the scan and pass it through constants= or xs."
-        )
-
-
-_DRAW_OPTIONS = ("low", "high", "p", "mean", "std", "from", "to", "lambd", "generator")
-
-
-def _recipe(node: fx.Node, unit: int) -> Callable[[int, torch.device], Tensor]:
-    """A function of the number of rows that makes this draw; tensor arguments count for their shape alone."""
-    op = node.target
-    value = node.meta["val"]
-    shape, dtype, device = tuple(value.shape[1:]), value.dtype, value.device
-    named = {a.name for a in op._schema.arguments}  # type: ignore[union-attr]
-    rest = [a for a in node.args if not isinstance(a, (fx.Node, list, tuple))]
-    like = bool(node.args) and isinstance(node.args[0], fx.Node)
-    base = {"rand_like": "rand", "randn_like": "randn"}.get(op._schema.name.split("::")[1], "")  # type: ignore[union-attr]
-    values = {k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node) and k in _DRAW_OPTIONS}
-
-    def draw(rows: int, where: torch.device | None = None) -> Tensor:
-        size = (rows, *shape)
-        if base:
-            return getattr(torch, base)(size, dtype=dtype, device=where or device, **values)
-        if like:
-            return op(torch.empty(size, dtype=dtype, device=where or device), *rest, **values)  # type: ignore[operator]
-        options = {"dtype": dtype, "device": where or device}
-        return op(*rest, list(size), **{k: v for k, v in options.items() if k in named}, **values)  # type: ignore[operator]
-
-    return draw
-
-
 def perturb(step: Step) -> None:
     """Add to every state leaf, right where it is computed, a further input: its gradient is the total adjoint.
 
@@ -524,15 +394,3 @@ def perturb(step: Step) -> None:
         step.next[i] = total
         step.ys[len(step.ys) - len(step.next) + i] = total
         step.xs.append(extra)
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Errors of PyTorch inside a pass become UnsupportedError; elman's own go through."""
-    try:
-        yield
-    except ElmanError:
-        raise
-    except (RuntimeError, NotImplementedError, AssertionError, IndexError) as error:
-        raise UnsupportedError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-

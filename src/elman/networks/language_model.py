@@ -54,9 +54,7 @@ class LanguageModel(nn.Module):
         width = embedding_size
         for cell in cells:
             width = output_width(cell, width)
-        self.narrow = (
-            nn.Linear(width, embedding_size, bias=False) if tie and width != embedding_size else None
-        )
+        self.narrow = nn.Linear(width, embedding_size, bias=False) if tie and width != embedding_size else None
         if tie:
             # Rows of unit variance would give logits of variance H where they serve as output weights.
             nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)

@@ -79,9 +79,7 @@ def open_corpus(data: Data, cache: Path, run: RunDirectory | None = None) -> Cor
     test_ids = test.ids if test is not None else (parts.test if valid is None else valid_ids)
     for name, ids, needed in (("validation", valid_ids, 2), ("test", test_ids, 2)):
         if len(ids) < needed:
-            raise DataError(
-                f"the {name} text has {len(ids)} symbols and needs at least {needed}: give a longer one."
-            )
+            raise DataError(f"the {name} text has {len(ids)} symbols and needs at least {needed}: give a longer one.")
     return Corpus(tokenizer, parts.train, valid_ids, test_ids, facts)
 
 
@@ -276,14 +274,10 @@ class TrainedLanguageModel:
     def score(self, ids: np.ndarray) -> np.ndarray:
         """−log p in nats of each symbol of a tokenised text given all before it, (N − 1,)."""
         window = self.config.data.window
-        return torch.cat(
-            [costs.flatten() for costs in _costs(self.model, ids, 1, window, self.device)]
-        ).numpy()
+        return torch.cat([costs.flatten() for costs in _costs(self.model, ids, 1, window, self.device)]).numpy()
 
 
-def evaluate(
-    model: LanguageModel, ids: np.ndarray, config: Config, device: torch.device
-) -> tuple[float, int]:
+def evaluate(model: LanguageModel, ids: np.ndarray, config: Config, device: torch.device) -> tuple[float, int]:
     """Nats and number of predicted symbols of ids (N,): N − 1 of them, in parallel streams with carried
     state."""
     nats, symbols = 0.0, 0
@@ -326,9 +320,7 @@ def start_id(tokenizer: Tokenizer, ids: np.ndarray | None = None) -> int:
     return space or (int(ids[0]) if ids is not None else 1)
 
 
-def _costs(
-    model: LanguageModel, ids: np.ndarray, batch: int, window: int, device: torch.device
-) -> Iterator[Tensor]:
+def _costs(model: LanguageModel, ids: np.ndarray, batch: int, window: int, device: torch.device) -> Iterator[Tensor]:
     """−log p of the targets of each window, (T, B)."""
     model.eval()
     state: State = None

@@ -1,0 +1,102 @@
+"""The step as a graph: what the passes hand to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import ElmanError, UnsupportedError
+
+__all__ = ["Leaf", "Step", "batch_multiple", "explained", "fake", "location", "user_line"]
+
+
+class Leaf(NamedTuple):
+    """What is known of a tensor before any data: its shape past the batch, dtype and device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    batched: bool
+
+
+@dataclass
+class Step:
+    """One step as a graph, and the role of each of its ends.
+
+    Placeholders: ``xs`` differ at every time and row, ``state`` is what the last step left, ``weights`` hold for
+    all steps (parameters without, constants with a batch dimension), ``draws`` are random numbers, new at every
+    step. Outputs: ``ys``, the ``next`` state, values ``kept`` by name, and ``sums`` over time, by weight index.
+    ``unit`` is the prime that stands for the batch size.
+    """
+
+    graph: fx.Graph
+    root: fx.GraphModule
+    unit: int
+    xs: list[fx.Node]
+    state: list[fx.Node]
+    weights: list[fx.Node]
+    draws: list[fx.Node] = field(default_factory=list)
+    ys: list[fx.Node | None] = field(default_factory=list)
+    next: list[fx.Node] = field(default_factory=list)
+    kept: dict[str, fx.Node] = field(default_factory=dict)
+    sums: dict[int, fx.Node] = field(default_factory=dict)
+
+    def outputs(self) -> list[fx.Node]:
+        """Every node that leaves the step."""
+        found = [*(y for y in self.ys if y is not None), *self.next, *self.kept.values(), *self.sums.values()]
+        return list(dict.fromkeys(found))
+
+
+def batch_multiple(value: Any, unit: int) -> int:
+    """k where an integer of the graph stands for k·B; 0 where it is an ordinary integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return 0
+    return value // unit if value and value % unit == 0 else 0
+
+
+def fake(mode: FakeTensorMode, leaf: Leaf, unit: int) -> Tensor:
+    """A tensor of that shape without data; its batch dimension, if any, is ``unit``."""
+    shape = (unit, *leaf.shape) if leaf.batched else leaf.shape
+    with mode:
+        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def location(node: fx.Node) -> str:
+    """The user's own line behind a node: ``file.py:12: h = h.mean(0)``."""
+    return user_line(node.meta.get("stack_trace") or "")
+
+
+def user_line(stack: str) -> str:
+    lines = stack.splitlines()
+    for i in range(len(lines) - 1, -1, -1):
+        line = lines[i].strip()
+        if line.startswith('File "') and not _ours(line.split('"')[1]):
+            name, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
+            code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+            return f"{name}:{number}: {code}"
+    return "a line that was not recorded"
+
+
+def _ours(filename: str) -> bool:
+    path = filename.replace("\\", "/")
+    engine = ("/elman/compiler/", "/elman/unfold.py", "/elman/protocol.py", "/elman/recording.py")
+    return "/torch/" in path or path.startswith("<") or any(part in path for part in engine)
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Errors of PyTorch inside a pass become UnsupportedError; elman's own go through."""
+    try:
+        yield
+    except ElmanError:
+        raise
+    except (RuntimeError, NotImplementedError, AssertionError, IndexError) as error:
+        raise UnsupportedError(
+            f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
