@@ -411,6 +411,22 @@ class AttendsMasked(Attends):
         return self.V(h), h
 
 
+class MultiHead(Elman):
+    """torch.nn.MultiheadAttention over a constant source."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def example(self, steps: int, batch: int) -> tuple[Any, Any]:
+        return torch.randn(steps, batch, D), torch.randn(batch, 5, self.width)
+
+    def forward(self, x: Tensor, h: Tensor, source: Tensor) -> tuple[Any, Tensor]:
+        read, weights = self.attention(h.unsqueeze(1), source, source)
+        h = torch.tanh(self.U(x) + read.squeeze(1))
+        return (self.V(h), weights), h
+
+
 class Accumulate(ZooCell):
     """s = s + x: no weight at all."""
 
@@ -742,7 +758,7 @@ ZOO: dict[str, Callable[[], ZooCell]] = {
         for kind in (
             Elman, ElmanTwoBiases, Gru, Feedforward, JordanTeacherForced, JordanFree, Delay, DelayLine, OneProduct, Swap,
             PureSwap, SharedNext, TwoIndependent, Feeds, OldState, OldStateItself, YIsInput, YTwice, YFixed, StateFixed, Nested,
-            Tokens, SharedInput, Conditioned, Attends, AttendsMasked, Accumulate, Leaky, Clockwork, FastWeights,
+            Tokens, SharedInput, Conditioned, Attends, AttendsMasked, MultiHead, Accumulate, Leaky, Clockwork, FastWeights,
             DeltaRule, Heads, Shapes, Reductions, Pointwise, SoftmaxGate, Convolution, Gathers, InPlace, Constants,
             WeightNorm, LowRank, Bilinear, Scalar, Stateless, Dead, Detached, Truncated, SharedWeight,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cellzoo import zoo
+from cellzoo import Elman, zoo
 from torch import Tensor, nn
 
 import elman
@@ -539,3 +539,24 @@ def test_a_step_that_looks_at_the_batch_is_right_for_every_batch(kind: type[Base
         for batch in (4, 1, 2, 3):
             xs, state = torch.randn(5, batch, 3), torch.randn(batch, 4)
             torch.testing.assert_close(elman.scan(cell, xs, state), by_eager_loop(cell, xs, state))
+
+
+def test_a_scan_inside_a_step() -> None:
+    """A step may itself unfold something along its features."""
+
+    class Hierarchy(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Elman()
+
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            ys, h = elman.scan(self.inner, x.transpose(0, 1), h)
+            return ys.sum(0), h
+
+    cell = Hierarchy()
+    xs, state = torch.randn(4, 2, 5, 3), torch.randn(2, 4)
+    ys, final = elman.scan(cell, xs, state, backend="interpret")
+    expected, last = by_eager_loop(cell, xs, state)
+    torch.testing.assert_close((ys, final), (expected, last))
+    found = torch.autograd.grad(ys.sum(), cell.inner.W.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), cell.inner.W.weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -54,3 +55,23 @@ def test_without_gradients(name: str) -> None:
         with context():
             expected = everything(by_hand, cell, given)
             assert_same(everything(scan_by("interpret"), cell, given), expected)
+
+
+@pytest.fixture
+def _poison() -> Iterator[None]:
+    """torch.empty gives NaN, so that whatever is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_poison")
+@pytest.mark.parametrize("options", [{}, {"lengths": [2, 5, 0], "reverse": True, "remat": 2}], ids=["whole", "ragged"])
+@pytest.mark.parametrize("name", ZOO)
+def test_poisoned_buffers(name: str, options: dict[str, Any]) -> None:
+    cell = zoo(name)
+    given = inputs(cell, 5, 3)
+    found = everything(scan_by("interpret"), cell, given, **options)
+    assert not any(value.isnan().any() for value in found.values() if value.is_floating_point())

@@ -170,16 +170,13 @@ def _run_backward(
             sums[w] = sums[w] + g if w in sums else g
     if len(g_xs) > 1:
         order = g_xs if call.reverse else g_xs[::-1]
-        joined = [None if g[0] is None else torch.cat(g) for g in zip(*order, strict=True)]
-    else:
-        joined = g_xs[0]
+        g_xs = [[None if g[0] is None else torch.cat(g) for g in zip(*order, strict=True)]]
     result: list[Tensor | None] = [None] * sum(call.counts)
-    for i, g in zip(derivative.x_grads, joined, strict=True):
-        result[i] = g
-    for i, g in zip(carried, g_state, strict=True):
-        result[len(xs) + i] = g
-    for w, g in sums.items():
-        result[len(xs) + len(state) + w] = g
+    result[: len(xs)] = [dict(zip(derivative.x_grads, g_xs[0], strict=True)).get(i) for i in range(len(xs))]
+    for i, of_state in zip(carried, g_state, strict=True):
+        result[len(xs) + i] = of_state
+    for w, of_weight in sums.items():
+        result[len(xs) + len(state) + w] = of_weight
     return result
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from .independence import annotate, is_varying
 from .simplify import fuse, simplify
-from .step import Step, explained
+from .step import Step, arguments, explained
 from .trace import functional
 
 __all__ = ["Derivative", "derive"]
@@ -72,14 +72,14 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
     states = [i for i in range(count[1]) if inputs[count[0] + i].is_floating_point()]
     wanted = [*(count[0] + i for i in states), *x_grads, *(at + i for i in w_grads)]
     module = _module(step, ends)
-    outputs = [step.ys[i] for i in ys] + [step.next[i] for i in states]
+    outputs = [y for i, y in enumerate(step.ys) if y is not None and i in ys] + [step.next[i] for i in states]
 
     def joint(*args: Tensor) -> list[Any]:
         primals, cotangents = list(args[: len(inputs)]), list(args[len(inputs) :])
         for i in wanted:
             primals[i] = primals[i].detach().requires_grad_()
         with torch.enable_grad():
-            values = dict(zip(ends, module(*primals), strict=True))
+            values: dict[fx.Node, Tensor] = dict(zip(ends, module(*primals), strict=True))
             pairs = [
                 (values[out], cotangent)
                 for out, cotangent in zip(outputs, cotangents, strict=True)
@@ -106,9 +106,9 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
     named = [n.name for n in (*step.xs, *step.state, *step.weights, *step.draws)]
     for node, name in zip(placeholders, [*named, *(f"d_{n.name}" for n in outputs)], strict=True):
         node._rename(name)
-    results = list(graph.output_node().args[0])
+    results = list(arguments(graph.output_node())[0])
     a, b, c, d = count[0], at, at + count[2], at + count[2] + count[3]
-    values = dict(zip(ends, results[: len(ends)], strict=True))
+    found = dict(zip(ends, results[: len(ends)], strict=True))
     grads = results[len(ends) :]
     both = Step(
         graph,
@@ -118,9 +118,9 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
         state=[*placeholders[a:b], *placeholders[d + len(ys) :]],
         weights=placeholders[b:c],
         draws=placeholders[c:d],
-        ys=[None if y is None else values[y] for y in step.ys],
-        next=[*(values[n] for n in step.next), *grads[: len(states)]],
-        kept={name: values[n] for name, n in step.kept.items()},
+        ys=[None if y is None else found[y] for y in step.ys],
+        next=[*(found[n] for n in step.next), *grads[: len(states)]],
+        kept={name: found[n] for name, n in step.kept.items()},
         sums={},
     )
     both.ys += grads[len(states) : len(states) + len(x_grads)]

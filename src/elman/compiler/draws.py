@@ -34,8 +34,8 @@ def draws_become_inputs(step: Step) -> None:
         node.replace_all_uses_with(draw)
         step.draws.append(draw)
         last = draw
-        for role in (step.ys, step.next):
-            role[:] = [draw if out is node else out for out in role]
+        step.ys = [draw if out is node else out for out in step.ys]
+        step.next = [draw if out is node else out for out in step.next]
         step.graph.erase_node(node)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import MixedRowsError, UnsupportedError
-from .step import Step, batch_multiple, location
+from .step import Step, arguments, batch_multiple, location
 
 __all__ = ["annotate", "is_varying", "rows_of_node"]
 
@@ -115,38 +115,38 @@ def _mixed(node: fx.Node) -> MixedRowsError:
 
 
 def _check(node: fx.Node, rows: Any, unit: int, sums: bool) -> None:
-    name, target = _name(node), node.target
+    name, target, given = _name(node), node.target, arguments(node)
     if not isinstance(target, torch._ops.OpOverload):
         raise UnsupportedError(f"{target} is not a tensor operation, at {location(node)}.")
     if name in _VIEWS:
-        ok = _leading(node.args[0], unit) == _leading(node, unit)  # type: ignore[arg-type]
+        ok = _leading(given[0], unit) == _leading(node, unit)
     elif name in ("mm", "addmm", "bmm", "baddbmm"):
-        left, right = node.args[-2:]
+        left, right = given[-2:]
         inner = _dim_is_rows(left, -1) or _dim_is_rows(right, -2)
         ok = not inner or (sums and rows == "sum")
-        ok = ok and not (name in ("addmm", "baddbmm") and not _aligned([node, node.args[0]]))
+        ok = ok and not (name in ("addmm", "baddbmm") and not _aligned([node, given[0]]))
     elif name in ("native_layer_norm", "native_layer_norm_backward"):
         at = 1 if name == "native_layer_norm" else 2
-        source = rows_of_node(node.args[0])  # type: ignore[arg-type]
-        ok = source is not None and source[0] < node.args[0].meta["val"].dim() - len(node.args[at])  # type: ignore
+        source = rows_of_node(given[0])
+        ok = source is not None and source[0] < given[0].meta["val"].dim() - len(given[at])
     elif name in ("index", "index_put"):
         ok = _index_ok(node)
     elif name == "_trilinear":
-        inserted = [dims for arg, dims in zip(node.args[:3], node.args[3:6], strict=True) if is_varying(arg)]  # type: ignore[arg-type]
-        apart = rows == (0, 1) and not any(0 in dims for dims in (*inserted, node.args[6]))  # type: ignore[operator]
+        inserted = [dims for arg, dims in zip(given[:3], given[3:6], strict=True) if is_varying(arg)]
+        apart = rows == (0, 1) and not any(0 in dims for dims in (*inserted, given[6]))
         ok = apart or (sums and rows == "sum")
     elif name == "repeat":
-        ok = isinstance(rows, tuple) and node.args[1][rows[0]] == 1  # type: ignore[index]
+        ok = isinstance(rows, tuple) and given[1][rows[0]] == 1
     elif name in ("convolution", "convolution_backward"):
-        weight = node.args[1] if name == "convolution" else node.args[2]
-        ok = _dim_is_rows(node.args[0], 0) and not is_varying(weight)  # type: ignore[arg-type]
+        weight = given[1] if name == "convolution" else given[2]
+        ok = _dim_is_rows(given[0], 0) and not is_varying(weight)
     elif name in _ALONG_DIM:
         ok = not _along_rows(node, rows) or (sums and rows == "sum")
     elif name in _MOVES:
-        ok = name not in ("embedding",) or not is_varying(node.args[0])  # type: ignore[arg-type]
-        ok = ok and (name not in ("where", "masked_fill", "copy") or _aligned(node.args))
+        ok = name not in ("embedding",) or not is_varying(given[0])
+        ok = ok and (name not in ("where", "masked_fill", "copy") or _aligned(given))
     elif torch.Tag.pointwise in target.tags or name in _POINTWISE:
-        ok = _aligned(node.args)
+        ok = _aligned(given)
     else:
         raise UnsupportedError(
             f"{target} is not known to keep the rows of the batch apart, at {location(node)}. "

@@ -8,6 +8,7 @@ what is not is written into one scratch buffer that all steps share.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,20 @@ from ..packing import Rows
 from .emit import Names, call, out_variant, shape_source
 from .independence import is_varying, rows_of_node
 from .program import Loop, Program, Segment
-from .step import Step
+from .step import Step, arguments
 
 __all__ = ["compile_program", "compile_step"]
 
-Runner = Callable[..., tuple[list[Tensor], list[Tensor], dict[str, Tensor], dict[int, Tensor]]]
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """A generated function, with its source."""
+
+    function: Callable[..., Any]
+    source: str
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 def compile_program(program: Program, name: str, ragged: bool) -> Runner:
@@ -33,9 +43,7 @@ def compile_program(program: Program, name: str, ragged: bool) -> Runner:
     source, names = _Writer(program, name, ragged).write()
     names.update(shift=_shift, final=_final, over_rows=_over_rows, sum_time=_sum_time)
     exec(compile(source, f"<elman {name}>", "exec"), names)
-    run = names[name]
-    run.source = source
-    return run
+    return Runner(names[name], source)
 
 
 def _shift(after: Tensor, first: Tensor, rows: Rows, reverse: bool) -> Tensor:
@@ -297,8 +305,8 @@ class _LoopWriter:
         for node in self.loop.nodes:
             if node.target is not torch.ops.aten.cat.default:
                 continue
-            sources = list(node.args[0])  # type: ignore[arg-type]
-            dim = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()  # type: ignore[operator]
+            sources, dim = [*arguments(node), 0][:2]
+            dim %= node.meta["val"].dim()
             fits = all(
                 n in self.inside and out_variant(n) and n not in carried and n not in found
                 and (n not in self.stored or node in self.stored)
@@ -472,7 +480,7 @@ class _LoopWriter:
         ]
 
 
-def compile_step(step: Step, name: str) -> Callable[..., tuple[list[Tensor], list[Tensor], dict[str, Tensor]]]:
+def compile_step(step: Step, name: str) -> Runner:
     """One step as a function ``(B, xs, state, weights, draws) -> (ys, next, kept)``, differentiable by autograd."""
     names, env = Names(), {}
     lines = [f"def {name}(B, xs, state, weights, draws):"]
@@ -494,6 +502,4 @@ def compile_step(step: Step, name: str) -> Callable[..., tuple[list[Tensor], lis
     lines.append(f"    return [{ys}], [{', '.join(env[n] for n in step.next)}], {{{kept}}}")
     source = "\n".join(lines) + "\n"
     exec(compile(source, f"<elman {name}>", "exec"), names.table)
-    run = names.table[name]
-    run.source = source
-    return run
+    return Runner(names.table[name], source)

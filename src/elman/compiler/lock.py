@@ -10,7 +10,7 @@ __all__ = ["tracing"]
 _lock = threading.RLock()
 
 
-def tracing() -> threading.RLock:  # type: ignore[valid-type]
+def tracing() -> threading.RLock:
     """The lock to hold while tracing, a context manager."""
     return _lock
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .step import Step
+from .step import Step, arguments
 
 __all__ = ["fuse", "simplify"]
 
@@ -157,9 +157,9 @@ def _order_sums(step: Step) -> None:
         for term in terms:
             single = len(term.users) == 1 and term not in ends and term.meta["val"].shape == value.shape
             if single and term.target is aten.addmm.default and not term.kwargs:
-                bias, *factors = term.args
-                parts.append((depth(bias), 0, -bias.meta["val"].numel(), (bias,)))  # type: ignore[union-attr,arg-type]
-                parts.append((max(map(depth, factors)), 1, 0, tuple(factors)))  # type: ignore[arg-type]
+                bias, left, right = arguments(term)
+                parts.append((depth(bias), 0, -bias.meta["val"].numel(), (bias,)))
+                parts.append((max(depth(left), depth(right)), 1, 0, (left, right)))
             elif single and term.target is aten.mm.default:
                 parts.append((depth(term), 1, 0, tuple(term.args)))
             else:

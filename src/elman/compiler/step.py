@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ElmanError, UnsupportedError
 
-__all__ = ["Leaf", "Step", "batch_multiple", "explained", "fake", "location", "user_line"]
+__all__ = ["Leaf", "Step", "arguments", "batch_multiple", "explained", "fake", "location", "user_line"]
 
 
 class Leaf(NamedTuple):
@@ -65,6 +65,11 @@ def fake(mode: FakeTensorMode, leaf: Leaf, unit: int) -> Tensor:
     shape = (unit, *leaf.shape) if leaf.batched else leaf.shape
     with mode:
         return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a node, of whatever kind its operation takes."""
+    return node.args
 
 
 def location(node: fx.Node) -> str:

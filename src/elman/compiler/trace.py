@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..errors import (
     CapturedTensorError,
@@ -35,7 +36,7 @@ from ..errors import (
     UnsupportedError,
 )
 from .draws import draws_become_inputs
-from .step import Leaf, Step, batch_multiple, fake, location, user_line
+from .step import Leaf, Step, arguments, batch_multiple, fake, location, user_line
 
 __all__ = ["decompositions", "functional", "perturb", "trace"]
 
@@ -153,7 +154,7 @@ def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weig
     root = _traced(flat, mode, inputs)
     _check(root)
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
-    outputs = list(root.graph.output_node().args[0])
+    outputs: list[fx.Node] = list(arguments(root.graph.output_node())[0])
     a, b = counts[0], counts[0] + counts[1]
     y, s = sizes
     return Step(
@@ -163,7 +164,7 @@ def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weig
         xs=placeholders[:a],
         state=placeholders[a:b],
         weights=placeholders[b:],
-        ys=outputs[:y],
+        ys=[*outputs[:y]],
         next=outputs[y : y + s],
     )
 
@@ -351,10 +352,7 @@ def _compare_lines(step: Step, other: Step) -> None:
 
 
 def _alike(mine: fx.Node, theirs: fx.Node, unit: int, other: int) -> bool:
-    left: list[Any] = []
-    right: list[Any] = []
-    fx.node.map_aggregate((mine.args, mine.kwargs), lambda a: left.append(a) or a)
-    fx.node.map_aggregate((theirs.args, theirs.kwargs), lambda a: right.append(a) or a)
+    left, right = (pytree.tree_leaves((node.args, node.kwargs)) for node in (mine, theirs))
     return len(left) == len(right) and all(_same(a, b, unit, other) for a, b in zip(left, right, strict=True))
 
 
@@ -388,7 +386,8 @@ def perturb(step: Step) -> None:
             total = step.graph.call_function(aten.add.Tensor, (node, extra))
         total.meta = dict(node.meta)
         if node.op == "call_function":
-            node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+            node.replace_all_uses_with(total)
+            total.args = (node, extra)
             step.ys = [total if y is node else y for y in step.ys]
             step.next = [total if n is node else n for n in step.next]
         step.next[i] = total
