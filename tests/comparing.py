@@ -46,7 +46,9 @@ def floats(tree: Any) -> list[Tensor]:
     return [leaf for leaf in leaves(tree) if leaf.is_floating_point()]
 
 
-def inputs(cell: nn.Module, steps: int, batch: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def inputs(
+    cell: nn.Module, steps: int, batch: int, seed: int = 5, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """xs, a state and constants for a cell of the zoo: random, and every floating leaf wants its gradient."""
 
     def ready(leaf: Any) -> Any:

@@ -144,7 +144,9 @@ class _Writer:
         return name
 
     def line(self) -> None:
-        kind = self.pick(["linear", "affine", "unary", "unary", "binary", "binary", "binary", "narrow", "vector", "shape"])
+        kind = self.pick(
+            ["linear", "affine", "unary", "unary", "binary", "binary", "binary", "narrow", "vector", "shape"]
+        )
         a = self.pick(list(self.width))
         if kind in ("linear", "affine"):
             self.write(kind, (a,), self.draw(st.integers(1, 5)))

@@ -110,7 +110,14 @@ def test_full_lengths_are_uniform(lengths: list[int] | torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "pattern"),
-    [([1], "2 integers"), ([1, 4], "T = 3"), ([-1, 2], "0"), ([1.0, 2.0], "float"), ([[1], [2]], "shape"), ([True, False], "bool")],
+    [
+        ([1], "2 integers"),
+        ([1, 4], "T = 3"),
+        ([-1, 2], "0"),
+        ([1.0, 2.0], "float"),
+        ([[1], [2]], "shape"),
+        ([True, False], "bool"),
+    ],
 )
 def test_lengths_that_do_not_fit(lengths: list[int], pattern: str) -> None:
     with pytest.raises(InputError, match=pattern):

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cellzoo import Elman, zoo
-from comparing import by_hand, compiled, inputs
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import elman
+from cellzoo import Elman, zoo
+from comparing import by_hand, compiled, inputs
 from elman.errors import CellError, InputError
 
 every_backend = pytest.mark.parametrize("backend", ["reference", "interpret", "auto"])
@@ -127,7 +127,7 @@ def test_one_name_twice_is_an_error(backend: str) -> None:
         elman.scan(Twice(), doubles(3, 2, 3), record=True, backend=backend)
 
 
-# The total adjoint -----------------------------------------------------------------------------------------------------
+# The total adjoint
 
 
 def test_adjoint_of_an_elman_net_is_that_of_back_propagation_through_time() -> None:
@@ -168,9 +168,9 @@ def test_adjoint_of_an_elman_net_is_that_of_back_propagation_through_time() -> N
 
 
 NAMES = (
-    "Elman", "lstm with peepholes", "Gru", "stack of lstm", "Swap", "TwoIndependent", "Feeds", "Delay", "DelayLine", "OldState",
-    "OldStateItself", "YTwice", "Feedforward", "FastWeights", "Nested", "Attends", "JordanTeacherForced", "StateFixed",
-    "Accumulate", "OneProduct",
+    "Elman", "lstm with peepholes", "Gru", "stack of lstm", "Swap", "TwoIndependent", "Feeds",
+    "Delay", "DelayLine", "OldState", "OldStateItself", "YTwice", "Feedforward", "FastWeights",
+    "Nested", "Attends", "JordanTeacherForced", "StateFixed", "Accumulate", "OneProduct",
 )  # fmt: skip
 
 

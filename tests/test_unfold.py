@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cellzoo import Elman, ZooCell, zoo
-from comparing import assert_same, by_hand, everything, inputs, scan_by
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import elman
+from cellzoo import Elman, ZooCell, zoo
+from comparing import assert_same, by_hand, everything, inputs, scan_by
 from elman.errors import CellError, InputError, OptionError, StateError, UsageError
 from elman.packing import rows_of
 from elman.unfold import unfold
@@ -25,7 +25,7 @@ def doubles(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-# Sizes ---------------------------------------------------------------------------------------------------------------
+# Sizes
 
 
 @every_backend
@@ -51,7 +51,7 @@ def test_awkward_widths(width: int) -> None:
     assert_same(everything(scan_by("interpret"), cell, given, lengths=[7, 1, 4]), expected, rtol=1e-8)
 
 
-# Properties that hold whatever the backend ------------------------------------------------------------------------------
+# Properties that hold whatever the backend
 
 CELLS = ("lstm with peepholes", "Gru", "Nested", "Tokens", "FastWeights", "stack of lstm")
 
@@ -155,13 +155,15 @@ def test_xs_of_any_layout(layout: str, backend: str) -> None:
     torch.testing.assert_close(found, by_hand(cell, base.contiguous(), state.contiguous()))
 
 
-# Lengths -------------------------------------------------------------------------------------------------------------
+# Lengths
 
 
 @every_backend
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["Elman", "lstm with layer norm", "stack of gru", "Attends", "SharedInput", "Delay", "Pointwise"])
+@pytest.mark.parametrize(
+    "name", ["Elman", "lstm with layer norm", "stack of gru", "Attends", "SharedInput", "Delay", "Pointwise"]
+)
 def test_what_stands_in_the_padding_is_never_read(name: str, poison: float, reverse: bool, backend: str) -> None:
     cell = zoo(name)
     given = inputs(cell, 5, 3)
@@ -204,7 +206,7 @@ def test_all_lengths_zero(name: str, backend: str) -> None:
     for key, value in found.items():
         assert value.shape == shapes[key].shape
         assert value.dtype == shapes[key].dtype
-        if key.startswith("y") or key.startswith("gradient of parameter") or key.startswith("gradient of xs"):
+        if key.startswith(("y", "gradient of parameter", "gradient of xs")):
             assert not value.any()
     leaves = [leaf for leaf in pytree.tree_leaves(given["state"]) if isinstance(leaf, Tensor)]
     for i, leaf in enumerate(leaves):
@@ -251,7 +253,7 @@ def test_padding_costs_nothing() -> None:
     assert seen == [3, 2, 1, 1]
 
 
-# Types ---------------------------------------------------------------------------------------------------------------
+# Types
 
 
 @pytest.mark.parametrize("name", ["Elman", "lstm", "lstm with layer norm", "Gru", "stack of lstm", "Attends", "Nested"])
@@ -353,7 +355,7 @@ def test_other_parameters_may_stand_in(backend: str) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), list(twin.parameters())))
 
 
-# Errors --------------------------------------------------------------------------------------------------------------
+# Errors
 
 
 class Simple(nn.Module):
@@ -383,9 +385,19 @@ MISTAKES: dict[str, tuple[type[UsageError], str, tuple[Any, ...], dict[str, Any]
     "no pair": (CellError, r"pair \(y, state\).*Tensor", (Simple(lambda x, s: x), X), {}),
     "nothing returned": (CellError, r"pair \(y, state\).*NoneType", (Simple(lambda x, s: None), X), {}),
     "a triple": (CellError, r"pair \(y, state\).*tuple of 3", (Simple(lambda x, s: (x, s, s)), X), {}),
-    "another structure of the state": (StateError, r"structure.*tuple|tuple.*structure", (Simple(lambda x, s: (x, (s, s))), X), {}),
+    "another structure of the state": (
+        StateError,
+        r"structure.*tuple|tuple.*structure",
+        (Simple(lambda x, s: (x, (s, s))), X),
+        {},
+    ),
     "no state any more": (StateError, r"structure", (Simple(lambda x, s: (x, None)), X), {}),
-    "another shape of the state": (StateError, r"shape.*\(\d+, 4\).*\(\d+, 8\)", (Simple(lambda x, s: (x, torch.cat([s, s], -1))), X), {}),
+    "another shape of the state": (
+        StateError,
+        r"shape.*\(\d+, 4\).*\(\d+, 8\)",
+        (Simple(lambda x, s: (x, torch.cat([s, s], -1))), X),
+        {},
+    ),
     "another type of the state": (StateError, r"float32.*float64", (Simple(lambda x, s: (x, s.double())), X), {}),
     "y without a batch": (CellError, r"\(B, …\)", (Simple(lambda x, s: (x.sum(), s)), X), {}),
     "y with features in front": (CellError, r"\(B, …\)", (Simple(lambda x, s: (x.t(), s)), X), {}),
@@ -397,14 +409,29 @@ MISTAKES: dict[str, tuple[type[UsageError], str, tuple[Any, ...], dict[str, Any]
     "xs that disagree in B": (InputError, r"\(5, 2, 4\).*\(5, 3, 4\)", (NoStart(), (X, torch.zeros(5, 3, 4)), S), {}),
     "the state of another batch": (StateError, r"B = 2.*\(3, 4\)", (NoStart(), X, torch.zeros(3, 4)), {}),
     "a state of no dimension": (StateError, r"B = 2", (NoStart(), X, torch.zeros(())), {}),
-    "constants of another batch": (InputError, r"constants.*B = 2.*\(3,\)", (NoStart(), X, S), {"constants": torch.zeros(3)}),
+    "constants of another batch": (
+        InputError,
+        r"constants.*B = 2.*\(3,\)",
+        (NoStart(), X, S),
+        {"constants": torch.zeros(3)},
+    ),
     "too few lengths": (InputError, r"2 integers.*\(1,\)", (NoStart(), X, S), {"lengths": [3]}),
     "lengths with a fraction": (InputError, r"integers.*float", (NoStart(), X, S), {"lengths": [3.0, 2.0]}),
     "lengths as a mask": (InputError, r"integers.*bool", (NoStart(), X, S), {"lengths": torch.tensor([True, False])}),
-    "lengths as a matrix": (InputError, r"integers.*\(2, 1\)", (NoStart(), X, S), {"lengths": torch.tensor([[1], [2]])}),
+    "lengths as a matrix": (
+        InputError,
+        r"integers.*\(2, 1\)",
+        (NoStart(), X, S),
+        {"lengths": torch.tensor([[1], [2]])},
+    ),
     "lengths beyond T": (InputError, r"T = 5.*7", (NoStart(), X, S), {"lengths": [7, 2]}),
     "negative lengths": (InputError, r"0.*-1", (NoStart(), X, S), {"lengths": [-1, 2]}),
-    "an unknown backend": (OptionError, r"'interpet'.*'interpret'.*reference", (NoStart(), X, S), {"backend": "interpet"}),
+    "an unknown backend": (
+        OptionError,
+        r"'interpet'.*'interpret'.*reference",
+        (NoStart(), X, S),
+        {"backend": "interpet"},
+    ),
     "a backend that is no name": (OptionError, r"backend", (NoStart(), X, S), {"backend": 3}),
     "remat of zero": (OptionError, r"remat.*0", (NoStart(), X, S), {"remat": 0}),
     "remat below zero": (OptionError, r"remat.*-2", (NoStart(), X, S), {"remat": -2}),
@@ -439,7 +466,7 @@ def test_what_the_users_step_raises_goes_through(backend: str) -> None:
 
 @every_backend
 def test_a_forgotten_argument_is_the_users_own_error(backend: str) -> None:
-    with pytest.raises(TypeError, match="constants|positional"):
+    with pytest.raises(TypeError, match=r"constants|positional"):
         elman.scan(zoo("Elman"), doubles(3, 2, 3), constants=torch.zeros(2, 1), backend=backend)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad as fwAD
 from torch.utils import _pytree as pytree
 
@@ -113,6 +114,8 @@ def scan(
     """
     leaves, spec = pytree.tree_flatten(xs)
     steps, batch = _extent(leaves)
+    if isinstance(leaves[0], FakeTensor) and lengths is None and not record:
+        return _inside_a_step(cell, xs, state, constants, steps, batch, reverse)
     in_graph_lengths = None
     if lengths is not None and torch.compiler.is_compiling():  # their values are not known while compiling
         in_graph_lengths, lengths = torch.as_tensor(lengths), None
@@ -137,6 +140,17 @@ def scan(
     if rows.order is not None:
         final = pytree.tree_map_only(Tensor, rows.unsort, final)
     return (ys, final, *recording)
+
+
+def _inside_a_step(
+    cell: nn.Module, xs: Pytree, state: State, constants: Pytree, steps: int, batch: int, reverse: bool
+) -> tuple[Pytree, State]:
+    """A scan inside a step that is being traced is part of that step: its plain loop."""
+    ys: list[Pytree] = [None] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        x = pytree.tree_map(lambda leaf, t=t: leaf[t], xs)
+        ys[t], state = unfold(cell, Rows(1, batch), x, state, constants=constants, backend="reference")
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *ys), state
 
 
 def unfold(

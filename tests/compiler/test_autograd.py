@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cellzoo import zoo
-from comparing import inputs, operations
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
 import elman
+from cellzoo import zoo
+from comparing import inputs, operations
 from elman.errors import ForwardModeError
 
 both = pytest.mark.parametrize("backend", ["interpret", "auto"])
@@ -58,7 +58,9 @@ def scanned(name: str, backend: str = "interpret", **options: Any) -> tuple[Any,
 
 
 @pytest.mark.parametrize("options", [{}, {"lengths": [1, 3], "reverse": True}, {"remat": 2}], ids=str)
-@pytest.mark.parametrize("name", ["Elman", "lstm with peepholes", "Gru", "lstm with layer norm", "Attends", "Delay", "Nested"])
+@pytest.mark.parametrize(
+    "name", ["Elman", "lstm with peepholes", "Gru", "lstm with layer norm", "Attends", "Delay", "Nested"]
+)
 def test_first_and_second_derivatives(name: str, options: dict[str, Any]) -> None:
     call, start = scanned(name, **options)
     assert torch.autograd.gradcheck(call, start, fast_mode=True)
@@ -84,7 +86,7 @@ def test_a_gradient_penalty() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-# torch.func ----------------------------------------------------------------------------------------------------------
+# torch.func
 
 
 def loss_of(cell: nn.Module, backend: str) -> Any:
@@ -203,7 +205,7 @@ def test_jacfwd_and_hessian_raise() -> None:
         torch.func.hessian(lambda x: elman.scan(cell, x)[0].square().sum())(xs)
 
 
-# What wants a gradient -------------------------------------------------------------------------------------------------
+# What wants a gradient
 
 
 @both
@@ -309,14 +311,14 @@ def test_traced_in_inference_mode_first() -> None:
 def test_truncated_back_propagation(backend: str) -> None:
     cell = zoo("Gru")
     xs = doubles(6, 2, 3)
-    first, state = elman.scan(cell, xs[:3], backend=backend)
+    _first, state = elman.scan(cell, xs[:3], backend=backend)
     second, _ = elman.scan(cell, xs[3:], state.detach(), backend=backend)
     (found,) = torch.autograd.grad(second.sum(), xs, allow_unused=True)
     assert not found[:3].any()
     assert found[3:].any()
 
 
-# What users do to graphs -----------------------------------------------------------------------------------------------
+# What users do to graphs
 
 
 @both
@@ -405,7 +407,8 @@ def test_results_changed_in_place_are_right_or_refused(name: str, backend: str) 
     try:
         found = torch.autograd.grad(loss(backend, True), sources, allow_unused=True)
     except RuntimeError as error:
-        assert "in-place" in str(error) or "inplace" in str(error)
+        if "inplace" not in str(error) and "in-place" not in str(error):
+            raise
     else:
         for a, b in zip(found, expected, strict=True):
             assert (a is None) == (b is None) or not (a if b is None else b).any()
@@ -485,8 +488,10 @@ def test_remat_saves_memory() -> None:
     held = {}
     for remat in (None, "auto", 40):
         kept: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t):
-            ys, _ = elman.scan(cell, xs, backend="interpret", remat=remat)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t
+        ):
+            _ys, _ = elman.scan(cell, xs, backend="interpret", remat=remat)
         held[remat] = sum(kept.values()) - xs.nbytes
     assert held["auto"] < held[None] / 5
     assert held[40] < held[None] / 5

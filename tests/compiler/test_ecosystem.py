@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from cellzoo import Elman, Gru, Lstm, Stack, zoo
-from comparing import inputs
 from torch import Tensor, nn
 
 import elman
+from cellzoo import Elman, Gru, Lstm, Stack, zoo
+from comparing import inputs
 
 
 class Model(nn.Module):
@@ -133,7 +133,7 @@ def test_backward_from_another_thread() -> None:
     torch.testing.assert_close(found, list(expected))
 
 
-# Several processes -----------------------------------------------------------------------------------------------------
+# Several processes
 
 
 def _train(rank: int, port: int, out: str) -> None:
@@ -170,7 +170,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(found, {name: p.detach() for name, p in model.named_parameters()})
 
 
-# torch.compile ---------------------------------------------------------------------------------------------------------
+# torch.compile
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_torch_compile_with_inductor() -> None:
     torch.testing.assert_close(fast(xs), model(xs))
 
 
-# Wrappers of the module --------------------------------------------------------------------------------------------------
+# Wrappers of the module
 
 
 def test_functional_call_of_the_model() -> None:

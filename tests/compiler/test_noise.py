@@ -70,7 +70,9 @@ def feed() -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": 2}, {"reverse": True}, {"lengths": [6, 2, 4]}, {"remat": 4, "reverse": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"remat": 2}, {"reverse": True}, {"lengths": [6, 2, 4]}, {"remat": 4, "reverse": True}]
+)
 @pytest.mark.parametrize("name", NOISES)
 def test_gradients_are_those_of_the_noise_that_was_drawn(name: str, options: dict[str, Any]) -> None:
     cell = Noisy(NOISES[name])

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cellzoo import ZooCell, zoo
-from comparing import compiled, differentiated, inputs, operations
 from torch import nn
 
 import elman
+from cellzoo import ZooCell, zoo
+from comparing import compiled, differentiated, inputs, operations
 from elman.compiler.program import Loop, Program
 
 
@@ -77,6 +77,13 @@ def test_the_adjoint_of_an_elman_net_mirrors_it() -> None:
     assert names(last.nodes) == {"mm": 3, "sum": 1}  # ∇U, ∇W, ∇x, ∇b
 
 
+def test_the_hoisted_product_adds_its_bias() -> None:
+    for name in ("Elman", "lstm", "Gru"):
+        cell = zoo(name)
+        first = compiled(cell, inputs(cell, 3, 2)).program.parts[0]
+        assert names(first.nodes) == {"addmm": 1}
+
+
 def test_the_order_of_a_stack_in_backward() -> None:
     cell = zoo("stack of gru")
     both = differentiated(cell, inputs(cell, 3, 2))
@@ -84,7 +91,9 @@ def test_the_order_of_a_stack_in_backward() -> None:
     assert [loop.carried for loop in both.adjoint.loops] == [[2], [1], [0]]
 
 
-@pytest.mark.parametrize("name", ["Elman", "ElmanTwoBiases", "lstm", "lstm with peepholes", "stack of lstm", "stack without biases"])
+@pytest.mark.parametrize(
+    "name", ["Elman", "ElmanTwoBiases", "lstm", "lstm with peepholes", "stack of lstm", "stack without biases"]
+)
 def test_one_product_a_layer_in_every_loop(name: str) -> None:
     """Products with inputs and gradients of parameters leave the loops, forward and backward."""
     cell = zoo(name)
@@ -101,7 +110,7 @@ def per_step(cell: ZooCell, backward: bool) -> Counter[str]:
         given = inputs(cell, steps, 2)
 
         def call() -> None:
-            ys, final = elman.scan(cell, given["xs"], given["state"], backend="interpret")
+            ys, _final = elman.scan(cell, given["xs"], given["state"], backend="interpret")
             if backward:
                 torch.autograd.grad(ys.sum(), [given["xs"], given["state"], *cell.parameters()])
 
@@ -186,7 +195,9 @@ def test_casts_of_weights_run_once_a_call() -> None:
         run()
         seen = operations(run)
     weights = len(list(module.parameters()))
-    assert seen["_to_copy"] == weights + 1 + 2 * 9  # the input once for all steps; in the loop the state, there and back
+    assert (
+        seen["_to_copy"] == weights + 1 + 2 * 9
+    )  # the input once for all steps; in the loop the state, there and back
 
 
 def test_frozen_weights_cost_nothing() -> None:
@@ -197,9 +208,10 @@ def test_frozen_weights_cost_nothing() -> None:
     assert not none.rule.adjoint.sums
     assert not none.rule.x_grads
     all_ = found.derivative((True,), (True,) * len(found.step.weights))
-    assert names(n for p in none.adjoint.parts for n in p.nodes)["mm"] < names(
-        n for p in all_.adjoint.parts for n in p.nodes
-    )["mm"]
+    assert (
+        names(n for p in none.adjoint.parts for n in p.nodes)["mm"]
+        < names(n for p in all_.adjoint.parts for n in p.nodes)["mm"]
+    )
 
 
 def test_programs_are_readable() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from comparing import assert_same, by_hand, everything, inputs, scan_by
 from hypothesis import HealthCheck, given, note, settings
+
+from comparing import assert_same, by_hand, everything, inputs, scan_by
 from randomcells import Plan, RandomCell, plans, ways
 
 SETTINGS = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cellzoo import ZOO, zoo
 from comparing import assert_same, by_hand, everything, inputs, scan_by
 

@@ -15,7 +15,7 @@ from . import reference
 from .compiled import Compiled, Differentiated
 from .step import batch_multiple
 
-__all__ = ["Call", "chunk_length", "needs_of", "run"]
+__all__ = ["Call", "apart", "chunk_length", "needs_of", "run"]
 
 
 @dataclass
@@ -61,12 +61,12 @@ def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         flat = Unfold.apply(call, *tensors)
     else:
         ys, final, _, _ = _run_forward(call, None, call.parts(tensors))
-        flat = _apart([*ys, *final], tensors)
+        flat = apart([*ys, *final], tensors)
     count = len(call.compiled.step.ys)
     return list(flat[:count]), list(flat[count:])
 
 
-def _apart(outputs: list[Tensor], given: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+def apart(outputs: list[Tensor], given: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     """Results that share no memory with what was given, nor with one another."""
     seen = {t.untyped_storage()._cdata for t in given}
     found = []
@@ -109,7 +109,7 @@ class Unfold(torch.autograd.Function):
         a, b = len(xs), len(xs) + len(state)
         rule = call.compiled.derivative(tuple(needs[:a]), tuple(needs[b : b + len(weights)]))
         ys, final, kept, starts = _run_forward(call, rule, parts)
-        fresh = _apart([*ys, *final], tensors)
+        fresh = apart([*ys, *final], tensors)
         ctx.call, ctx.rule = call, rule
         ctx.starts = len(starts)
         extra = [] if call.chunk else [kept[name] for kind, name in rule.rule.reads if kind == "kept"]
@@ -196,17 +196,24 @@ def plain(call: Call, tensors: list[Tensor]) -> tuple[Any, ...]:
     """The same call as a plain loop over the traced step, with the same draws."""
     xs, state, weights, draws = call.parts(tensors)
     step, function = call.compiled.step, call.compiled.plain
-    where = [
-        next((d for d, n in enumerate(w.meta["val"].shape) if batch_multiple(n, step.unit)), None) for w in step.weights
-    ]
+    shapes = [w.meta["val"].shape for w in step.weights]
+    multiples = [[(d, k) for d, n in enumerate(shape) if (k := batch_multiple(n, step.unit))] for shape in shapes]
+    where = [found[0] if found else None for found in multiples]
 
     def one(leaves: list[Tensor], s: list[Tensor], constants: list[Tensor]) -> Any:
         mine = iter(constants)
-        here = [w if d is None else next(mine).movedim(0, d) for w, d in zip(weights, where, strict=True)]
+        here = [
+            w if place is None else next(mine).movedim(0, place[0]).flatten(place[0], place[0] + 1)
+            for w, place in zip(weights, where, strict=True)
+        ]
         ys, new, _ = function(leaves[0].shape[0], leaves[: len(xs)], s, here, leaves[len(xs) :])
         return ys, new
 
-    constants = [w.movedim(d, 0) for w, d in zip(weights, where, strict=True) if d is not None]
+    constants = [
+        w.unflatten(place[0], (call.rows.batch, place[1])).movedim(place[0], 0)
+        for w, place in zip(weights, where, strict=True)
+        if place is not None
+    ]
     ys, final, _ = reference.unfold(one, call.rows, [*xs, *draws], state, constants, call.reverse)
     return (*ys, *final)
 

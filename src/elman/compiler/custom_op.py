@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..packing import Rows, rows_of
 from ..protocol import Protocol, Tree
-from .autograd import Call, chunk_length, run
+from .autograd import Call, apart, chunk_length, run
 from .cache import Signature, program_of
 from .compiled import Compiled
 from .step import Leaf
@@ -178,7 +178,7 @@ def _unfold_backward(
     for t, need in zip(tensors, needs, strict=True):
         g = next(found) if need else None
         result.append(torch.zeros_like(t) if g is None else g.contiguous())
-    return result
+    return apart(result, [*tensors, *draws, *grads])
 
 
 @_unfold_backward.register_fake

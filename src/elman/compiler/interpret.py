@@ -18,7 +18,7 @@ from ..packing import Rows
 from .emit import Names, call, out_variant, shape_source
 from .independence import is_varying, rows_of_node
 from .program import Loop, Program, Segment
-from .step import Step, arguments
+from .step import Step, arguments, batch_multiple
 
 __all__ = ["compile_program", "compile_step"]
 
@@ -66,14 +66,15 @@ def _final(after: Tensor, first: Tensor, rows: Rows, reverse: bool) -> Tensor:
     return torch.cat([after, first]).index_select(0, rows.final(reverse).to(after.device))
 
 
-def _over_rows(value: Tensor, rows: Rows, dim: int) -> Tensor:
-    """A value for every sequence, repeated for every packed row; its rows are at ``dim``."""
+def _over_rows(value: Tensor, rows: Rows, dim: int, k: int) -> Tensor:
+    """A value for every sequence, repeated for every packed row; it has k rows for each at ``dim``."""
     if rows.uniform:
         if rows.steps == 1:
             return value
         shape = list(value.shape)
         return value.unsqueeze(dim).expand(*shape[:dim], rows.steps, *shape[dim:]).flatten(dim, dim + 1)
-    return value.index_select(dim, rows.sequence.to(value.device))
+    apart = value.unflatten(dim, (rows.batch, k)).index_select(dim, rows.sequence.to(value.device))
+    return apart.flatten(dim, dim + 1)
 
 
 def _sum_time(value: Tensor, rows: Rows) -> Tensor:
@@ -194,24 +195,24 @@ class _Writer:
         if node in self.step.state:
             i = self.step.state.index(node)
             if self.step.next[i] is node:
-                self.line(f"{name} = over_rows({self.fixed[node]}, rows, 0)")
+                self.line(f"{name} = over_rows({self.fixed[node]}, rows, 0, 1)")
             elif i in self.wide:
                 self.line(f"{name} = {self.wide[i]}[B:] if reverse else {self.wide[i]}[:N]")
             else:
                 after = self._result(self.step.next[i])
                 self.line(f"{name} = shift({after}, {self.fixed[node]}, rows, reverse)")
         else:
-            dim = self._batch_dim(node)
-            if dim is None:
+            place = self._batch_dim(node)
+            if place is None:
                 return self.fixed[node]
-            self.line(f"{name} = over_rows({self.fixed[node]}, rows, {dim})")
+            self.line(f"{name} = over_rows({self.fixed[node]}, rows, {place[0]}, {place[1]})")
         self.flat[node] = name
         return name
 
-    def _batch_dim(self, node: fx.Node) -> int | None:
-        """Where an invariant value has its rows, None where it has none."""
+    def _batch_dim(self, node: fx.Node) -> tuple[int, int] | None:
+        """The dimension where an invariant value has its k·B rows, and k; None where it has none."""
         shape = node.meta["val"].shape
-        return next((d for d, n in enumerate(shape) if n % self.unit == 0 and n), None)
+        return next(((d, k) for d, n in enumerate(shape) if (k := batch_multiple(int(n), self.unit))), None)
 
     # -- segments -----------------------------------------------------------------------------------------------
 
@@ -267,7 +268,8 @@ class _Writer:
                 value = self.flat.get(node) or self.fixed[node]
                 sums.append(f"{w}: {value if node.meta['rows'] == 'sum' else f'{value} * rows.steps'}")
             else:
-                sums.append(f"{w}: sum_time({self._result(node)}, rows)")
+                summed = f"sum_time({self._result(node)}, rows)"
+                sums.append(f"{w}: {self.back(node, summed) if is_varying(node) else summed}")
         self.line(f"return [{', '.join(ys)}], [{', '.join(finals)}], {{{', '.join(kept)}}}, {{{', '.join(sums)}}}")
 
     def _result(self, node: fx.Node) -> str:
@@ -292,7 +294,13 @@ class _LoopWriter:
         """Nodes whose value is read outside the loop, for all steps."""
         outputs = set(self.step.outputs()) - set(self.next)
         found = {n: None for n in self.loop.nodes if n in outputs or any(u not in self.inside for u in n.users)}
-        real = {*(y for y in self.step.ys if y is not None), *self.step.kept.values(), *self.step.sums.values()}
+        others = {n for i, n in enumerate(self.step.next) if i not in self.loop.carried}
+        real = {
+            *others,
+            *(y for y in self.step.ys if y is not None),
+            *self.step.kept.values(),
+            *self.step.sums.values(),
+        }
         for node, i in self.next.items():
             if node in real or i in self.w.wanted_before:
                 found[node] = None
@@ -429,13 +437,12 @@ class _LoopWriter:
                 state = self.step.state[i]
                 env[state] = w.fresh(state.name)
                 line(f"{env[state]} = {self.env[state]}[:n]", 2)
+            carried = {self.step.state[i] for i in self.loop.carried}
             for node, text in self.env.items():
-                if (
-                    node not in (self.step.state[i] for i in self.loop.carried)
-                    and (d := w._batch_dim(node)) is not None
-                ):
+                if node not in carried and (place := w._batch_dim(node)) is not None:
                     env[node] = w.fresh(f"{node.name}_now")
-                    line(f"{env[node]} = {text}.narrow({d}, 0, n)", 2)
+                    count = "n" if place[1] == 1 else f"{place[1]} * n"
+                    line(f"{env[node]} = {text}.narrow({place[0]}, 0, {count})", 2)
         for node, views in self.views.items():
             if node not in self.inside:
                 env[node] = w.back(node, f"{views}[t]")

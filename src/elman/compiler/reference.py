@@ -33,7 +33,7 @@ def unfold(
     after: list[list[Tensor]] = [[] for _ in range(rows.steps)]
     for t in reversed(times) if reverse else times:
         n = sizes[t]
-        x = [leaf[offsets[t] : offsets[t + 1]] for leaf in xs]
+        x = xs if rows.steps == 1 else [leaf[offsets[t] : offsets[t + 1]] for leaf in xs]
         full = n == rows.batch
         here = state if full else [leaf[:n] for leaf in state]
         ys[t], after[t] = step(x, here, constants if full else [leaf[:n] for leaf in constants])

@@ -179,10 +179,9 @@ def _order_sums(step: Step) -> None:
 def _accumulate(step: Step, total: fx.Node | None, factors: tuple[Any, ...], root: fx.Node) -> fx.Node:
     if len(factors) == 1:
         return factors[0] if total is None else _add(step, total, factors[0], root)
-    if total is not None and total.meta["val"].shape == root.meta["val"].shape:
+    if total is not None:
         return _make(step, aten.addmm.default, (total, *factors), root)
-    product = _make(step, aten.mm.default, factors, root)
-    return product if total is None else _add(step, total, product, root)
+    return _make(step, aten.mm.default, factors, root)
 
 
 def _depths(step: Step) -> Any:
