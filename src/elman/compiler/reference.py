@@ -39,4 +39,5 @@ def unfold(
         ys[t], after[t] = step(x, here, constants if full else [leaf[:n] for leaf in constants])
         state = after[t] if full else [torch.cat([new, old[n:]]) for new, old in zip(after[t], state, strict=True)]
     done = [ys[t] for t in times]
-    return [torch.cat(leaves) for leaves in zip(*done, strict=True)], state, [after[t] for t in times]
+    joined = done[0] if len(done) == 1 else [torch.cat(leaves) for leaves in zip(*done, strict=True)]
+    return joined, state, [after[t] for t in times]
