@@ -135,6 +135,8 @@ def _check(node: fx.Node, rows: Any, unit: int, sums: bool) -> None:
         inserted = [dims for arg, dims in zip(given[:3], given[3:6], strict=True) if is_varying(arg)]
         apart = rows == (0, 1) and not any(0 in dims for dims in (*inserted, given[6]))
         ok = apart or (sums and rows == "sum")
+    elif name == "stack":
+        ok = len({rows_of_node(n) for n in given[0] if is_varying(n)}) == 1
     elif name == "repeat":
         ok = isinstance(rows, tuple) and given[1][rows[0]] == 1
     elif name in ("convolution", "convolution_backward"):

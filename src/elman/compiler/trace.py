@@ -56,6 +56,7 @@ _KEPT_WHOLE = (
     aten.detach.default,
     aten.transpose.int,
     aten.split.Tensor,
+    aten.stack.default,
     aten.baddbmm.default,
     aten.silu.default,
     aten.silu_backward.default,
