@@ -116,6 +116,40 @@ class Rows:
             last[: self.batch_sizes[t]] = torch.arange(self.offsets[t], self.offsets[t + 1])
         return last
 
+    def shift(self, after: Tensor, first: Tensor, reverse: bool) -> Tensor:
+        """(N, …) states after every step and (B, …) the first to (N, …) states before every step."""
+        if self.uniform:
+            rest = self.total - self.batch
+            if rest <= 0:
+                return first[: self.total]
+            return torch.cat([after[self.batch :], first] if reverse else [first, after[:rest]])
+        return torch.cat([after, first]).index_select(0, self.previous(reverse).to(after.device))
+
+    def last(self, after: Tensor, first: Tensor, reverse: bool) -> Tensor:
+        """(N, …) states after every step and (B, …) the first to (B, …) the state after every last step."""
+        if self.uniform:
+            if self.total == 0:
+                return first.clone()
+            return after[: self.batch].clone() if reverse else after[self.total - self.batch :].clone()
+        return torch.cat([after, first]).index_select(0, self.final(reverse).to(after.device))
+
+    def repeat(self, value: Tensor, dim: int, k: int) -> Tensor:
+        """A value for every sequence, repeated for every packed row; it has k rows for each at ``dim``."""
+        if self.uniform:
+            if self.steps == 1:
+                return value
+            shape = list(value.shape)
+            return value.unsqueeze(dim).expand(*shape[:dim], self.steps, *shape[dim:]).flatten(dim, dim + 1)
+        apart = value.unflatten(dim, (self.batch, k)).index_select(dim, self.sequence.to(value.device))
+        return apart.flatten(dim, dim + 1)
+
+    def sum_time(self, value: Tensor) -> Tensor:
+        """(N, …) to (B, …): the sum over the steps of every sequence."""
+        if self.uniform:
+            return value.reshape(self.steps, self.batch, *value.shape[1:]).sum(0)
+        zeros = value.new_zeros(self.batch, *value.shape[1:])
+        return zeros.index_add(0, self.sequence.to(value.device), value)
+
 
 def rows_of(steps: int, batch: int, lengths: Tensor | list[int] | None = None) -> Rows:
     """The layout of ``batch`` sequences padded to ``steps``, with their lengths (B,) if they differ.

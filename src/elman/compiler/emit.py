@@ -18,8 +18,9 @@ aten = torch.ops.aten
 # as an OpOverload.
 _TORCH = {
     "add", "sub", "mul", "div", "mm", "addmm", "bmm", "baddbmm", "sigmoid", "tanh", "exp", "log", "neg", "abs", "sqrt",
-    "rsqrt", "sin", "cos", "maximum", "minimum", "where", "gt", "lt", "ge", "le", "eq", "ne", "cat", "stack", "log1p", "expm1",
-    "erf", "floor", "ceil", "round", "sign", "reciprocal", "atan", "sinh", "cosh", "logical_not", "logical_and",
+    "rsqrt", "sin", "cos", "maximum", "minimum", "where", "gt", "lt", "ge", "le", "eq", "ne", "cat", "stack", "log1p",
+    "expm1", "erf", "floor", "ceil", "round", "sign", "reciprocal", "atan", "sinh", "cosh", "logical_not",
+    "logical_and",
     "logical_or", "addcmul", "clamp", "pow", "atan2", "square",
 }  # fmt: skip
 _VIEW_METHODS = {"t": "t", "transpose": "transpose", "unsqueeze": "unsqueeze", "permute": "permute"}

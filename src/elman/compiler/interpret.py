@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..packing import Rows
 from .emit import Names, call, out_variant, shape_source
 from .independence import is_varying, rows_of_node
 from .program import Loop, Program, Segment
@@ -41,48 +40,8 @@ def compile_program(program: Program, name: str, ragged: bool) -> Runner:
     The source of the function is its attribute ``source``.
     """
     source, names = _Writer(program, name, ragged).write()
-    names.update(shift=_shift, final=_final, over_rows=_over_rows, sum_time=_sum_time)
     exec(compile(source, f"<elman {name}>", "exec"), names)
     return Runner(names[name], source)
-
-
-def _shift(after: Tensor, first: Tensor, rows: Rows, reverse: bool) -> Tensor:
-    """(N, …) states after every step and (B, …) the first to (N, …) states before every step."""
-    if rows.uniform:
-        rest = rows.total - rows.batch
-        if rest <= 0:
-            return first[: rows.total]
-        return torch.cat([after[rows.batch :], first] if reverse else [first, after[:rest]])
-    index = rows.previous(reverse).to(after.device)
-    return torch.cat([after, first]).index_select(0, index)
-
-
-def _final(after: Tensor, first: Tensor, rows: Rows, reverse: bool) -> Tensor:
-    """(B, …) the state after every sequence's last step."""
-    if rows.uniform:
-        if rows.total == 0:
-            return first.clone()
-        return after[: rows.batch].clone() if reverse else after[rows.total - rows.batch :].clone()
-    return torch.cat([after, first]).index_select(0, rows.final(reverse).to(after.device))
-
-
-def _over_rows(value: Tensor, rows: Rows, dim: int, k: int) -> Tensor:
-    """A value for every sequence, repeated for every packed row; it has k rows for each at ``dim``."""
-    if rows.uniform:
-        if rows.steps == 1:
-            return value
-        shape = list(value.shape)
-        return value.unsqueeze(dim).expand(*shape[:dim], rows.steps, *shape[dim:]).flatten(dim, dim + 1)
-    apart = value.unflatten(dim, (rows.batch, k)).index_select(dim, rows.sequence.to(value.device))
-    return apart.flatten(dim, dim + 1)
-
-
-def _sum_time(value: Tensor, rows: Rows) -> Tensor:
-    """(N, …) to (B, …): the sum over the steps of every sequence."""
-    if rows.uniform:
-        return value.reshape(rows.steps, rows.batch, *value.shape[1:]).sum(0)
-    zeros = value.new_zeros(rows.batch, *value.shape[1:])
-    return zeros.index_add(0, rows.sequence.to(value.device), value)
 
 
 def _bases(node: fx.Node) -> list[fx.Node]:
@@ -152,7 +111,6 @@ class _Writer:
         self.line(f"def {self.name}(rows, reverse, xs, state, weights, draws):", 0)
         self.line("N, B, sizes = rows.total, rows.batch, rows.batch_sizes")
         self.taken |= {"rows", "reverse", "xs", "state", "weights", "draws", "N", "B", "sizes", "n", "t", "times"}
-        self.taken |= {"shift", "final", "over_rows", "sum_time"}
         for role, nodes in (("xs", step.xs), ("weights", step.weights), ("draws", step.draws), ("state", step.state)):
             for i, node in enumerate(nodes):
                 if node.users or node in step.outputs() or role == "state":
@@ -195,17 +153,17 @@ class _Writer:
         if node in self.step.state:
             i = self.step.state.index(node)
             if self.step.next[i] is node:
-                self.line(f"{name} = over_rows({self.fixed[node]}, rows, 0, 1)")
+                self.line(f"{name} = rows.repeat({self.fixed[node]}, 0, 1)")
             elif i in self.wide:
                 self.line(f"{name} = {self.wide[i]}[B:] if reverse else {self.wide[i]}[:N]")
             else:
                 after = self._result(self.step.next[i])
-                self.line(f"{name} = shift({after}, {self.fixed[node]}, rows, reverse)")
+                self.line(f"{name} = rows.shift({after}, {self.fixed[node]}, reverse)")
         else:
             place = self._batch_dim(node)
             if place is None:
                 return self.fixed[node]
-            self.line(f"{name} = over_rows({self.fixed[node]}, rows, {place[0]}, {place[1]})")
+            self.line(f"{name} = rows.repeat({self.fixed[node]}, {place[0]}, {place[1]})")
         self.flat[node] = name
         return name
 
@@ -260,7 +218,7 @@ class _Writer:
             elif node is step.state[i]:
                 finals.append(f"{self.fixed[node]}.clone()")
             else:
-                finals.append(f"final({self._result(node)}, {self.fixed[step.state[i]]}, rows, reverse)")
+                finals.append(f"rows.last({self._result(node)}, {self.fixed[step.state[i]]}, reverse)")
         kept = [f"{name!r}: {self._result(node)}" for name, node in step.kept.items()]
         sums = []
         for w, node in step.sums.items():
@@ -268,7 +226,7 @@ class _Writer:
                 value = self.flat.get(node) or self.fixed[node]
                 sums.append(f"{w}: {value if node.meta['rows'] == 'sum' else f'{value} * rows.steps'}")
             else:
-                summed = f"sum_time({self._result(node)}, rows)"
+                summed = f"rows.sum_time({self._result(node)})"
                 sums.append(f"{w}: {self.back(node, summed) if is_varying(node) else summed}")
         self.line(f"return [{', '.join(ys)}], [{', '.join(finals)}], {{{', '.join(kept)}}}, {{{', '.join(sums)}}}")
 
@@ -381,6 +339,12 @@ class _LoopWriter:
             if node in self.parts_of_cat or not isinstance(node.meta["val"], Tensor):
                 continue
             plain = rows_of_node(node) == (0, 1) and out_variant(node)
+            source = self._takes_over(node)
+            if source is not None:
+                self.out[node] = f"{self.views[source]}[t]"
+                if node in self.stored:
+                    self.buffers[node], self.views[node] = w.flat[source], self.views[source]
+                continue
             value = node.meta["val"]
             dtype = w.names.of(value.dtype, str(value.dtype).replace("torch.", ""))
             device = w.names.of(value.device, str(value.device).replace(":", "_"))
@@ -405,6 +369,16 @@ class _LoopWriter:
                 name = w.fresh(f"{node.name}_out")
                 w.line(f"{name} = {self.out[cat]}.narrow({dim}, {at}, {size})")
                 self.out[node] = name
+
+    def _takes_over(self, node: fx.Node) -> fx.Node | None:
+        """What a product is added to, where the sum can be written in its place: nobody else reads it."""
+        if node.target is not torch.ops.aten.addmm.default or node in self.next:
+            return None
+        source, here = arguments(node)[0], node.meta["val"]
+        alone = list(source.users) == [node] and source not in self.step.outputs()
+        fresh = source in self.views and source not in self.inside and out_variant(source)
+        same = source.meta["val"].shape == here.shape and source.meta["val"].dtype == here.dtype
+        return source if alone and fresh and same and rows_of_node(source) == rows_of_node(node) == (0, 1) else None
 
     def _store(self, node: fx.Node, options: str) -> None:
         w = self.w
