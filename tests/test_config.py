@@ -47,9 +47,7 @@ def test_wrong_settings(settings: dict[str, object], words: str) -> None:
 
 
 def test_assignments_are_yaml() -> None:
-    given = parse_assignments(
-        ["optim.lr=1e-3", "model.tie=true", "model.cell=a.py:B", "model.cell_options.x=[1, 2]"]
-    )
+    given = parse_assignments(["optim.lr=1e-3", "model.tie=true", "model.cell=a.py:B", "model.cell_options.x=[1, 2]"])
     expected = {
         "optim": {"lr": 1e-3},
         "model": {"tie": True, "cell": "a.py:B", "cell_options": {"x": [1, 2]}},

@@ -60,9 +60,7 @@ def test_temperature_divides_the_logits(temperature):
     torch.testing.assert_close(Sampler(temperature).probabilities(logits), expected)
 
 
-@pytest.mark.parametrize(
-    "sampler", [Sampler(0), Sampler(0.0), Sampler(greedy=True), Sampler(2.0, 3, 0.5, greedy=True)]
-)
+@pytest.mark.parametrize("sampler", [Sampler(0), Sampler(0.0), Sampler(greedy=True), Sampler(2.0, 3, 0.5, greedy=True)])
 def test_greedy_takes_the_most_probable_and_the_first_of_equals(sampler):
     logits = torch.tensor([[0.0, 3, 1], [2, -1, 2], [-math.inf, -5, -5]])
     assert sampler(logits).tolist() == [1, 0, 1]
@@ -159,9 +157,7 @@ def test_draws_invert_the_distribution_function(monkeypatch):
 def test_a_number_that_rounds_up_to_the_total_is_the_last_symbol(monkeypatch):
     import elman.decode
 
-    monkeypatch.setattr(
-        elman.decode, "_uniform", lambda rows, generator: torch.ones(rows, dtype=torch.float64)
-    )
+    monkeypatch.setattr(elman.decode, "_uniform", lambda rows, generator: torch.ones(rows, dtype=torch.float64))
     assert Sampler()(log_of(0.5, 0.5, 0.0)).tolist() == [1]
 
 
@@ -343,9 +339,7 @@ def test_impossible_counts_are_refused_at_once(options):
         generate(TinyModel(), [0], **{"length": 1, "sampler": Sampler()} | options)
 
 
-@pytest.mark.parametrize(
-    "prompt", [[-1], [0.5], [[1]], torch.tensor(1), torch.tensor([True]), np.array([1.0]), ["a"]]
-)
+@pytest.mark.parametrize("prompt", [[-1], [0.5], [[1]], torch.tensor(1), torch.tensor([True]), np.array([1.0]), ["a"]])
 def test_what_is_no_prompt_is_refused_at_once(prompt):
     with pytest.raises(InputError, match="token ids"):
         generate(TinyModel(), prompt, 1, Sampler())

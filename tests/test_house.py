@@ -104,9 +104,7 @@ def foreign(path: Path) -> set[str]:
     """The modules from elsewhere that a file imports."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return plain | {
-        node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
-    }
+    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
 
 
 def test_public_names_are_frozen() -> None:
@@ -150,9 +148,7 @@ def test_the_architecture_names_every_module() -> None:
     table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     folders = {"cells", "cli", "compiler", "networks", "tasks"}
     within = {f"`{path.stem}`" for path in (SOURCE / "compiler").glob("*.py") if path.stem != "__init__"}
-    stages = {
-        f"`{s}/`" if s in folders else f"`{s}.py`" for s in map(stage, MODULES) if not s.startswith("__")
-    }
+    stages = {f"`{s}/`" if s in folders else f"`{s}.py`" for s in map(stage, MODULES) if not s.startswith("__")}
     assert {named for named in stages | within if named not in table} == set()
 
 

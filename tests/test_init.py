@@ -145,9 +145,7 @@ MISTAKES: list[tuple[str, str, dict[str, object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("scheme", "name", "options", "message"), MISTAKES, ids=[case[0] for case in MISTAKES]
-)
+@pytest.mark.parametrize(("scheme", "name", "options", "message"), MISTAKES, ids=[case[0] for case in MISTAKES])
 def test_mistakes_are_named(scheme: str, name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError) as caught:
         make_cell(name, 3, H, init=scheme, **options)

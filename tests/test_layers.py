@@ -129,9 +129,7 @@ def inputs(c: Configuration) -> tuple[Tensor, Any, list[int]]:
 def call(layer: nn.Module, c: Configuration, xs: Tensor, state: Any, lengths: list[int]) -> list[Tensor]:
     """The output, packed or padded as ``c.form`` says, and the leaves of the final state."""
     if c.form == "unbatched":
-        state = (
-            tuple(s[:, 0] for s in state) if isinstance(state, tuple) else state[:, 0] if c.initial else None
-        )
+        state = tuple(s[:, 0] for s in state) if isinstance(state, tuple) else state[:, 0] if c.initial else None
         given: Any = xs[:, 0]
     else:
         given = xs.transpose(0, 1) if c.batch_first else xs
@@ -177,9 +175,7 @@ def compare(c: Configuration) -> None:
         *(name for name, _ in theirs.named_parameters()),
     ]
     for name, right, left in zip(names, *gradients, strict=True):
-        torch.testing.assert_close(
-            left, right, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(left, right, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
@@ -200,9 +196,7 @@ def test_the_sample_covers_every_option(record_property: Callable[[str, object],
     for kind in KINDS:
         for form in FORMS:
             for bidirectional in (False, True):
-                assert any(
-                    (c.kind, c.form, c.bidirectional) == (kind, form, bidirectional) for c in CONFIGURATIONS
-                )
+                assert any((c.kind, c.form, c.bidirectional) == (kind, form, bidirectional) for c in CONFIGURATIONS)
     for name in Configuration.__dataclass_fields__:
         values = [getattr(c, name) for c in CONFIGURATIONS]
         assert all(values.count(value) >= 10 for value in set(values)), name
@@ -226,9 +220,7 @@ def test_same_seed_same_weights_same_names_same_text(kind: str) -> None:
     options = {"num_layers": 2, "bidirectional": True} | ({"proj_size": 1} if kind == "LSTM" else {})
     theirs, mine = small(kind, False, **options), small(kind, True, **options)
     assert list(mine.state_dict()) == list(theirs.state_dict())
-    assert all(
-        a.equal(b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True)
-    )
+    assert all(a.equal(b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert repr(mine) == repr(theirs)
     assert isinstance(mine, type(theirs))
     assert [name for name, _ in mine.named_modules()] == [""]
@@ -318,9 +310,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
         prune.l1_unstructured(layer, "weight_ih_l0", amount=0.5), "weight_ih_l0"
     ),
     "float": lambda layer: layer.float().double(),
-    "replaced": lambda layer: setattr(
-        layer, "weight_hh_l1", nn.Parameter(torch.ones_like(layer.weight_hh_l1))
-    ),
+    "replaced": lambda layer: setattr(layer, "weight_hh_l1", nn.Parameter(torch.ones_like(layer.weight_hh_l1))),
 }
 
 

@@ -88,9 +88,7 @@ def test_nats_are_those_of_the_distributions(order):
 
 def test_all_sequences_of_a_length_have_probability_one_together():
     model = NGram(np.array([0, 1, 2, 0, 1, 1, 2, 0]), 4, 3)
-    total = sum(
-        math.exp(-4 * model.nats(np.array([1, *rest]))) for rest in itertools.product(range(4), repeat=4)
-    )
+    total = sum(math.exp(-4 * model.nats(np.array([1, *rest]))) for rest in itertools.product(range(4), repeat=4))
     assert total == pytest.approx(1, abs=1e-12)
 
 

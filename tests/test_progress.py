@@ -11,9 +11,7 @@ from elman import progress
 from elman.plots import draw_losses, read_metrics
 from elman.progress import Reporter, Snapshot, duration
 
-AT = Snapshot(
-    step=1200, total=4000, fraction=0.3, loss=1.25, bits=1.8034, norm=0.5, rate=1e-3, symbols=9000, skipped=2
-)
+AT = Snapshot(step=1200, total=4000, fraction=0.3, loss=1.25, bits=1.8034, norm=0.5, rate=1e-3, symbols=9000, skipped=2)
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,7 @@ def commands(page: Path) -> list[str]:
         for line in text.replace("\\\n", " ").splitlines()
         if line.startswith("$ ")
     ]
-    kept = [
-        part.strip() for line in lines for part in line.split("&&") if not part.strip().startswith(NOT_RUN)
-    ]
+    kept = [part.strip() for line in lines for part in line.split("&&") if not part.strip().startswith(NOT_RUN)]
     for pattern, short in CUTS:
         kept = [pattern.sub(short, line) for line in kept]
     return kept
@@ -74,9 +72,7 @@ def test_blocks_are_of_a_known_kind() -> None:
     assert {"pycon", "console"} <= {language for language, _, _ in blocks(ROOT / "README.md")}
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []

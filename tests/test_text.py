@@ -430,9 +430,7 @@ def test_split_refuses_impossible_fractions(valid, test):
         split(np.arange(100), valid, test)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "valid", "name"), [(10, 0.05, "valid"), (10, 0.95, "train"), (0, 0, "train")]
-)
+@pytest.mark.parametrize(("tokens", "valid", "name"), [(10, 0.05, "valid"), (10, 0.95, "train"), (0, 0, "train")])
 def test_split_refuses_blocks_without_a_prediction(tokens, valid, name):
     with pytest.raises(DataError, match=f"the {name} block"):
         split(np.arange(tokens), valid, 0)

@@ -109,9 +109,7 @@ def test_scan_is_the_step_in_a_loop(kind: Any, options: dict[str, Any], equation
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("mine", "theirs"), [(ElmanCell, nn.RNNCell), (LSTMCell, nn.LSTMCell), (GRUCell, nn.GRUCell)]
-)
+@pytest.mark.parametrize(("mine", "theirs"), [(ElmanCell, nn.RNNCell), (LSTMCell, nn.LSTMCell), (GRUCell, nn.GRUCell)])
 def test_torchs_cell_with_the_same_weights_and_seed(mine: Any, theirs: Any, bias: bool) -> None:
     torch.manual_seed(1)
     own = mine(D, H, bias=bias, dtype=F64)

@@ -52,8 +52,7 @@ def content(path: Path) -> dict[str, Any]:
         facts.pop("metrics_bytes")
         found[name] = facts
         found[f"{name} tensors"] = {
-            key: (str(tensor.dtype), tuple(tensor.shape), tensor.numpy().tobytes())
-            for key, tensor in tensors.items()
+            key: (str(tensor.dtype), tuple(tensor.shape), tensor.numpy().tobytes()) for key, tensor in tensors.items()
         }
     found["metrics"] = [
         {key: value for key, value in json.loads(line).items() if key not in ("seconds", "tokens_per_second")}

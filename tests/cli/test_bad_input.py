@@ -52,9 +52,7 @@ def test_bad_texts(kind: str, command: Command, tmp_path: Path) -> None:
 
 
 def test_missing_text(command: Command, tmp_path: Path) -> None:
-    refused(
-        command("train", "lm", tmp_path / "no.txt", "--out", tmp_path / "run"), 1, "no.txt", "does not exist"
-    )
+    refused(command("train", "lm", tmp_path / "no.txt", "--out", tmp_path / "run"), 1, "no.txt", "does not exist")
 
 
 BAD_OPTIONS = {

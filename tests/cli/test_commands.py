@@ -61,9 +61,7 @@ def succeeded(outcome: Outcome) -> str:
 def test_train_then_use(options: list[str], command: Command, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     budget = [] if {"--epochs", "--minutes"} & set(options) else ["--steps", "12"]
-    result = json.loads(
-        succeeded(command("train", "lm", text, "--out", out, *TINY, *budget, *options, "--json"))
-    )
+    result = json.loads(succeeded(command("train", "lm", text, "--out", out, *TINY, *budget, *options, "--json")))
     assert result["ended"] == "budget"
     assert 0 < result["test"]["bits_per_character"] < 20
     assert set(result["baselines"]) == {"unigram", "order-5 back-off"}

@@ -49,9 +49,7 @@ def test_a_cut_at_every_replacement_of_a_file(
             raise PowerCut
 
     cut = -1
-    assert (
-        command("train", "lm", text, "--out", tmp_path / "first", *SHORT).code == 0
-    )  # fills the token cache
+    assert command("train", "lm", text, "--out", tmp_path / "first", *SHORT).code == 0  # fills the token cache
     monkeypatch.setattr(os, "replace", counting)
     assert command("train", "lm", text, "--out", whole, *SHORT).code == 0
     replacements = count
@@ -177,9 +175,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, tmp_path: 
     assert RunDirectory(out).picture_file.exists()
 
 
-def test_a_finished_run_says_so_and_more_steps_extend_it(
-    command: Command, text: Path, tmp_path: Path
-) -> None:
+def test_a_finished_run_says_so_and_more_steps_extend_it(command: Command, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert command("train", "lm", text, "--out", out, *SHORT).code == 0
     before = content(out)

@@ -26,9 +26,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
 @pytest.mark.parametrize("tie", [False, True])
-def test_a_chunk_at_a_time_and_a_step_at_a_time_is_the_whole(
-    cell: str, tie: bool, tokens: torch.Tensor
-) -> None:
+def test_a_chunk_at_a_time_and_a_step_at_a_time_is_the_whole(cell: str, tie: bool, tokens: torch.Tensor) -> None:
     model = build(cell, tie=tie).double().eval()
     whole, end = model(tokens)
     assert whole.shape == (STEPS, BATCH, VOCAB)

@@ -41,9 +41,9 @@ class Call:
     def ragged(self) -> bool:
         return not self.rows.uniform
 
-    def pieces(self) -> list[tuple[Rows, slice]]:
-        """The chunks of time, in the order in which they run, with the packed rows of each."""
-        rows, size = self.rows, self.chunk or self.rows.steps
+    def pieces(self, size: int | None = None) -> list[tuple[Rows, slice]]:
+        """Chunks of time of that many steps, in the order in which they run, with the packed rows of each."""
+        rows, size = self.rows, size or self.rows.steps
         edges = list(range(0, rows.steps, max(size, 1))) or [0]
         found = []
         for first in edges:
@@ -83,7 +83,7 @@ def _run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:
     xs, state, weights, draws = parts
     whole = rule is not None and call.chunk is None
     run_chunk = rule.runners(call.ragged)[0] if whole else call.compiled.forward(call.ragged)  # type: ignore[union-attr]
-    pieces = call.pieces()
+    pieces = call.pieces(call.chunk)
     if len(pieces) == 1:
         return (*run_chunk(call.rows, call.reverse, xs, state, weights, draws)[:3], [state])
     starts, results = [], []
@@ -135,6 +135,9 @@ class Unfold(torch.autograd.Function):
         )
 
 
+_PIECE = 2048  # rows: enough for a product to run at full speed
+
+
 def _run_backward(
     call: Call,
     rule: Differentiated,
@@ -150,17 +153,19 @@ def _run_backward(
     g_ys = [grads[i] for i in derivative.floating]
     carried = [i for i, s in enumerate(state) if s.is_floating_point()]
     g_state: list[Any] = [grads[n_ys + i] for i in carried]
-    chunks = call.pieces() if call.chunk else [(call.rows, slice(None))]
-    begun = [list(state), *(list(starts[i * n_state : (i + 1) * n_state]) for i in range(len(chunks) - 1))]
-    pieces = list(zip(chunks, begun, strict=True))
+    # In pieces even where nothing is computed again: what a piece leaves for its products with the weights is still in
+    # the cache, and goes before the next one takes as much memory.
+    pieces = call.pieces(call.chunk or max(_PIECE // max(call.rows.batch, 1), 16))
+    begun = [list(state), *(list(starts[i * n_state : (i + 1) * n_state]) for i in range(len(pieces) - 1))]
+    whole = dict(zip((name for kind, name in derivative.reads if kind == "kept"), extra, strict=not call.chunk))
     g_xs: list[list[Any]] = []
     sums: dict[int, Tensor] = {}
-    for (rows, here), start in reversed(pieces):
+    for (rows, here), start in reversed(list(zip(pieces, begun, strict=True))):
         x_here, d_here = [x[here] for x in xs], [d[here] for d in draws]
         if call.chunk:
             kept = forward(rows, call.reverse, x_here, start, weights, d_here)[2]
         else:
-            kept = dict(zip((name for kind, name in derivative.reads if kind == "kept"), extra, strict=True))
+            kept = {name: value[here] for name, value in whole.items()}
         source: dict[str, Any] = {"xs": x_here, "draws": d_here, "kept": kept}
         read = [source[kind][at] for kind, at in derivative.reads]
         read += [g[here] for g in g_ys]  # type: ignore[index]

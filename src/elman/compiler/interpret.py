@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import gemm
 from .emit import Names, call, out_variant, shape_source
 from .independence import is_varying, rows_of_node
 from .program import Loop, Program, Segment
@@ -185,7 +186,7 @@ class _Writer:
             summed = node.meta["rows"] == "sum"
             env = {n: self._flat_source(n, summed) for n in node.all_input_nodes}
             name = self.fresh(node.name)
-            self.line(f"{name} = {call(node, env, self.names, self.unit, 'N')}")
+            self.line(f"{name} = {self.product(node, env) or call(node, env, self.names, self.unit, 'N')}")
             self.flat[node] = name
             dead = [
                 n
@@ -200,6 +201,14 @@ class _Writer:
         if not isinstance(node.meta["val"], Tensor) or node.meta["rows"] == "sum":
             return self.flat.get(node) or self.fixed[node]
         return self.over_steps(node)
+
+    def product(self, node: fx.Node, env: dict[fx.Node, str], packed: str | None = None) -> str | None:
+        """The call of a float32 product that is not left to torch.mm, None for any other node."""
+        if not gemm.applies(node):
+            return None
+        *bias, left, right = (env[n] for n in arguments(node))
+        function = self.names.of(gemm.added if bias else gemm.product, "added" if bias else "product")
+        return f"{function}({', '.join([*bias, left, packed or right])}{', True' if packed else ''})"
 
     # -- loops --------------------------------------------------------------------------------------------------
 
@@ -334,14 +343,16 @@ class _LoopWriter:
         self.buffers: dict[fx.Node, str] = {}
         self.out: dict[fx.Node, str] = {}
         self.copies: dict[fx.Node, str] = {}
+        self.packed: dict[fx.Node, str] = {}
         carried = {base for node in self.next for base in _bases(node)}
         for node in self.loop.nodes:
             if node in self.parts_of_cat or not isinstance(node.meta["val"], Tensor):
                 continue
-            plain = rows_of_node(node) == (0, 1) and out_variant(node)
+            packed = self._pack(node)
+            plain = rows_of_node(node) == (0, 1) and out_variant(node) and not packed
             source = self._takes_over(node)
-            if source is not None:
-                self.out[node] = f"{self.views[source]}[t]"
+            if source is not None and (plain or node in self.stored):
+                (self.out if plain else self.copies)[node] = f"{self.views[source]}[t]"
                 if node in self.stored:
                     self.buffers[node], self.views[node] = w.flat[source], self.views[source]
                 continue
@@ -369,6 +380,16 @@ class _LoopWriter:
                 name = w.fresh(f"{node.name}_out")
                 w.line(f"{name} = {self.out[cat]}.narrow({dim}, {at}, {size})")
                 self.out[node] = name
+
+    def _pack(self, node: fx.Node) -> bool:
+        """Lay out the weight of a product once for all steps, where products of float32 are not left to torch.mm."""
+        weight = node.all_input_nodes[-1] if node.all_input_nodes else node
+        if not gemm.applies(node) or weight not in self.env or self.w._batch_dim(weight) is not None:
+            return False
+        name = self.w.fresh(f"{weight.name}_packed")
+        self.w.line(f"{name} = {self.w.names.of(gemm.pack, 'pack')}({self.env[weight]}, B, len(times))")
+        self.packed[node] = name
+        return True
 
     def _takes_over(self, node: fx.Node) -> fx.Node | None:
         """What a product is added to, where the sum can be written in its place: nobody else reads it."""
@@ -426,7 +447,8 @@ class _LoopWriter:
             if any(cat is node for cat, _, _ in self.parts_of_cat.values()) and node in self.out:
                 line(f"{name} = {self.out[node]}", 2)
             else:
-                line(f"{name} = {call(node, env, w.names, w.unit, rows, self.out.get(node))}", 2)
+                product = w.product(node, env, self.packed[node]) if node in self.packed else None
+                line(f"{name} = {product or call(node, env, w.names, w.unit, rows, self.out.get(node))}", 2)
                 if node in self.copies:
                     line(f"{self.copies[node]}.copy_({w.front(node, name, rows)})", 2)
             env[node] = name
