@@ -14,10 +14,11 @@ from torch.autograd import forward_ad as fwAD
 from torch.utils import _pytree as pytree
 
 from .compiler import reference
-from .compiler.autograd import Call, chunk_length, run
+from .compiler.autograd import Call, apart, chunk_length, run
 from .compiler.cache import Signature, program_of, remember
 from .compiler.compiled import Compiled
 from .compiler.custom_op import in_graph
+from .compiler.lock import tracing
 from .errors import (
     CellError,
     ForwardModeError,
@@ -121,6 +122,8 @@ def scan(
         in_graph_lengths, lengths = torch.as_tensor(lengths), None
     rows = rows_of(steps, batch, lengths)
     packed = [rows.pack(_widen(leaf, steps, batch)) for leaf in leaves]
+    if state is None and rows.order is not None:  # made in the caller's order, then sorted
+        state = _start(cell, leaves, batch, None)
     if rows.order is not None:
         state = pytree.tree_map_only(Tensor, rows.sort, state)
         constants = pytree.tree_map_only(Tensor, rows.sort, constants)
@@ -146,6 +149,7 @@ def _inside_a_step(
     cell: nn.Module, xs: Pytree, state: State, constants: Pytree, steps: int, batch: int, reverse: bool
 ) -> tuple[Pytree, State]:
     """A scan inside a step that is being traced is part of that step: its plain loop."""
+    xs = pytree.tree_map(lambda leaf: _widen(leaf, steps, batch), xs)
     ys: list[Pytree] = [None] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
         x = pytree.tree_map(lambda leaf, t=t: leaf[t], xs)
@@ -194,9 +198,9 @@ def unfold(
         if error.__cause__ is None and (backend != "auto" or wrong):
             raise
         result = _by_reference(protocol, rows, constant_leaves, given, reverse)  # a step that is wrong raises here
-        remember(protocol, signature, error)
         if backend != "auto" or wrong:
             raise
+        remember(protocol, signature, error)
         _warn_once(cell, error)
         return result
 
@@ -216,9 +220,7 @@ def prepare(
     x_tree = Tree(xs)
     c_tree = None if constants is None else Tree(constants)
     if state is None:
-        sources = (*(cell.parameters() if parameters is None else parameters.values()), *x_tree.leaves)
-        dtype = next((leaf.dtype for leaf in sources if leaf.is_floating_point()), torch.get_default_dtype())
-        state = initial_state(cell, rows.batch, device=x_tree.leaves[0].device, dtype=dtype)
+        state = _start(cell, x_tree.leaves, rows.batch, parameters)
     s_tree = Tree(state)
     for leaf in s_tree.leaves:
         if leaf.dim() == 0 or leaf.shape[0] != rows.batch:
@@ -229,12 +231,22 @@ def prepare(
     return Protocol(cell, x_tree, s_tree, c_tree, record), c_tree.leaves if c_tree else []
 
 
+def _start(cell: nn.Module, xs: list[Tensor], batch: int, parameters: dict[str, Tensor] | None) -> State:
+    """The cell's own initial state, in the type of its parameters."""
+    sources = (*(cell.parameters() if parameters is None else parameters.values()), *xs)
+    dtype = next((leaf.dtype for leaf in sources if leaf.is_floating_point()), torch.get_default_dtype())
+    return initial_state(cell, batch, device=xs[0].device, dtype=dtype)
+
+
 def _wrong_batch(what: str, leaf: Tensor, batch: int) -> str:
     return f"every leaf of {what} must be (B, …) with B = {batch}, the batch of xs; got {tuple(leaf.shape)}."
 
 
 def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:
-    return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
+    if torch.compiler.is_compiling():
+        return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
+    with tracing():  # while another thread traces this cell, other tensors stand in for its own
+        return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
 
 
 def _runs_reference(backend: str, rows: Rows, tensors: list[Tensor]) -> bool:
@@ -255,6 +267,11 @@ _FORWARD_MODE = (
     "forward-mode differentiation (jvp, jacfwd, hessian, dual numbers) is not derived by this backend. Use "
     "scan(..., backend='reference'), or reverse mode (torch.func.vjp, grad, jacrev)."
 )
+
+
+def _transformed(leaves: list[Tensor]) -> bool:
+    """Whether some of them have no memory of their own: they stand for a transform, or for a trace."""
+    return any(isinstance(leaf, FakeTensor) or _wrapped(leaf) for leaf in leaves)
 
 
 def _wrapped(leaf: Tensor) -> bool:
@@ -282,6 +299,10 @@ def _by_reference(
 
     outs, final, after = reference.unfold(one, rows, protocol.xs.leaves, protocol.state.leaves, constants, reverse)
     assert protocol.y is not None
+    if rows.steps == 1:  # nothing was put together, so ys and state may be one tensor, or an input
+        given = [*protocol.xs.leaves, *protocol.state.leaves]
+        separate = apart([*outs, *final], given) if not _transformed(outs) else [*outs, *final]
+        outs, final = separate[: len(outs)], separate[len(outs) :]
     count = len(protocol.y.leaves)
     result = (protocol.y.rebuild(outs[:count]), protocol.state.rebuild(final))
     if not protocol.record:

@@ -120,7 +120,13 @@ class Unfold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        call, saved = ctx.call, ctx.saved_tensors
+        call = ctx.call
+        with torch.autocast(call.device.type, enabled=False):  # casts are part of the program
+            return Unfold._backward(ctx, call, grads)
+
+    @staticmethod
+    def _backward(ctx: Any, call: Call, grads: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
         count = sum(call.counts)
         if torch.is_grad_enabled():
             return (None, *_differentiable_backward(call, ctx.needs_input_grad[1:], saved[:count], grads))
@@ -182,7 +188,8 @@ def _run_backward(
         result[len(xs) + i] = of_state
     for w, of_weight in sums.items():
         result[len(xs) + len(state) + w] = of_weight
-    return result
+    found = iter(apart([g for g in result if g is not None], [g for g in grads if g is not None]))
+    return [None if g is None else next(found) for g in result]
 
 
 def _differentiable_backward(call: Call, needs: Any, tensors: Any, grads: Any) -> list[Tensor | None]:
@@ -192,6 +199,8 @@ def _differentiable_backward(call: Call, needs: Any, tensors: Any, grads: Any) -
         outputs = plain(call, inputs)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        if not pairs:
+            return [None] * len(needs)
         heads, tails = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(heads, wanted, tails, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -66,13 +66,16 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
                 while len(_programs) > _MOST:
                     _programs.popitem(last=False)
     if isinstance(found, UnfoldError):
-        raise found
+        raise type(found)(*found.args) from found.__cause__  # raised itself, it would keep the caller's frames
     return found
 
 
 def remember(protocol: Protocol, signature: Signature, error: UnfoldError) -> None:
     """The plain loop runs this step, so what tracing raised is no mistake of the user's: raise it at once next time."""
-    _programs[_key(protocol, signature)] = error.with_traceback(None)
+    _programs[_key(protocol, signature)] = error
+    inner: BaseException | None = error
+    while inner is not None:  # a traceback holds all the frames of the callers
+        inner = inner.with_traceback(None).__cause__ or inner.__context__
 
 
 def _key(protocol: Protocol, signature: Signature) -> Any:

@@ -52,6 +52,7 @@ class Compiled:
 
     def __init__(self, traced: Step, y: Tree, recorded: tuple[str, ...] = ()) -> None:
         self.y, self.recorded = y, recorded
+        annotate(traced, constants=True)
         annotate(traced)
         tidy(traced, derived=False)
         before, self.step = hoist(traced)

@@ -8,22 +8,26 @@ are outputs of the forward operator, so that both see the same.
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..packing import Rows, rows_of
 from ..protocol import Protocol, Tree
 from .autograd import Call, apart, chunk_length, run
 from .cache import Signature, program_of
 from .compiled import Compiled
+from .key import fingerprint
 from .step import Leaf
 
 __all__ = ["in_graph"]
 
 _numbers = itertools.count()
 _programs: dict[int, Compiled] = {}
+_cells: dict[int, tuple[weakref.ref[nn.Module], Any]] = {}  # whose program it is, and what the cell was like
 
 
 def in_graph(
@@ -43,7 +47,13 @@ def in_graph(
     leaves = [[_leaf(x, True) for x in part] for part in (xs.leaves, state.leaves, constants)]
     leaves.append([_leaf(p, False) for p in parameters.values()])
     number = _number(
-        protocol.cell, _skeleton(xs), _skeleton(state), _skeleton(protocol.constants), leaves, list(parameters)
+        protocol.cell,
+        _skeleton(xs),
+        _skeleton(state),
+        _skeleton(protocol.constants),
+        leaves,
+        list(parameters),
+        [part.training for part in protocol.cell.modules()],
     )
     chunk = chunk_length(remat, rows.steps) or 0
     counts = [len(xs.leaves), len(state.leaves), len(parameters)]
@@ -64,7 +74,7 @@ def _skeleton(tree: Tree | None) -> Any:
 
 
 @torch._dynamo.assume_constant_result
-def _number(cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, names: list[str]) -> int:
+def _number(cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, names: list[str], modes: Any) -> int:
     """Trace the cell, while Dynamo runs, and give its program a number."""
 
     def tree(skeleton: Any) -> Tree:
@@ -78,6 +88,7 @@ def _number(cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, n
     program = program_of(protocol, signature)
     number = next(_numbers)
     _programs[number] = program
+    _cells[number] = (weakref.ref(cell), fingerprint(cell))
     return number
 
 
@@ -132,6 +143,12 @@ def _unfold(
     reverse: bool,
     chunk: int,
 ) -> list[Tensor]:
+    cell, before = _cells[number][0](), _cells[number][1]
+    if cell is not None and fingerprint(cell) != before:
+        raise UsageError(
+            f"an attribute of {type(cell).__name__} was changed after torch.compile had traced it, and the compiled "
+            "model does not follow. Call torch._dynamo.reset() after such a change, or make it a tensor."
+        )
     with torch.no_grad():
         outs, draws = _call(tensors, lengths, counts, number, steps, batch, reverse, chunk, None)
     return [*outs, *draws]

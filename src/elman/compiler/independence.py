@@ -58,9 +58,11 @@ def rows_of_node(node: fx.Node) -> tuple[int, int] | None:
     return rows if isinstance(rows, tuple) else None
 
 
-def annotate(step: Step, *, sums: bool = False) -> None:
+def annotate(step: Step, *, sums: bool = False, constants: bool = False) -> None:
     """Set ``meta["rows"]`` on every node. Raises MixedRowsError or UnsupportedError, with the user's line."""
     varying = {*step.xs, *step.state, *step.draws}
+    if constants:
+        varying |= {w for w in step.weights if batch_multiple(next(iter(w.meta["val"].shape), 0), step.unit)}
     for node in step.graph.nodes:
         if node.op == "output":
             continue
@@ -145,7 +147,7 @@ def _check(node: fx.Node, rows: Any, unit: int, sums: bool) -> None:
     elif name in _ALONG_DIM:
         ok = not _along_rows(node, rows) or (sums and rows == "sum")
     elif name in _MOVES:
-        ok = name not in ("embedding",) or not is_varying(given[0])
+        ok = name not in ("embedding",) or not (is_varying(given[0]) or given[3:4] == (True,))
         ok = ok and (name not in ("where", "masked_fill", "copy") or _aligned(given))
     elif torch.Tag.pointwise in target.tags or name in _POINTWISE:
         ok = _aligned(given)

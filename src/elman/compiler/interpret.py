@@ -476,9 +476,7 @@ class _LoopWriter:
         """Values that may be views of the carried buffers are copied before those are written."""
         views = {self.step.state[i] for i in self.loop.carried}
         return [
-            f"{text}.clone()"
-            if len(new) > 1 and (self.step.next[i] in views or not out_variant(self.step.next[i]))
-            else text
+            f"{text}.clone()" if self.step.next[i] in views or not out_variant(self.step.next[i]) else text
             for i, text in zip(self.loop.carried, new, strict=True)
         ]
 

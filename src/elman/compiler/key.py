@@ -5,7 +5,8 @@
     shape, dtype and device of every leaf of x, state, constants, parameters and buffers; their tree structure
     autocast (on, dtype) and the default dtype
 
-Sizes of T and B are no part of it. Values behind global names are not tracked: make them attributes.
+Sizes of T and B are no part of it. Not tracked are values behind global names, in closures and on classes: make them
+attributes of the module. What a step asks of autograd (``requires_grad``, ``is_grad_enabled``) has one fixed answer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import types
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,10 @@ class _Identity:
 
 def _freeze(value: Any, depth: int = 0) -> Hashable:
     kind = type(value)
+    if isinstance(value, (int, float, str, bytes, complex)) and kind not in _PLAIN:
+        return (kind, value, _freeze(getattr(value, "__dict__", None), depth + 1))
+    if isinstance(value, np.ndarray):
+        return (kind, value.dtype.str, value.shape, value.tobytes())
     if kind in _PLAIN:
         return ("nan",) if value != value else (kind, value)
     if isinstance(value, Tensor):
@@ -51,7 +57,7 @@ def _freeze(value: Any, depth: int = 0) -> Hashable:
     if isinstance(value, (list, tuple)):
         return (kind, *(_freeze(v, depth + 1) for v in value))
     if isinstance(value, dict):
-        return (kind, *((str(k), _freeze(v, depth + 1)) for k, v in value.items()))
+        return (kind, *((_freeze(k, depth + 1), _freeze(v, depth + 1)) for k, v in value.items()))
     if isinstance(value, (set, frozenset)):
         return (kind, frozenset(_freeze(v, depth + 1) for v in value))
     inner = getattr(value, "__dict__", None)
@@ -61,7 +67,14 @@ def _freeze(value: Any, depth: int = 0) -> Hashable:
 def fingerprint(module: nn.Module) -> Hashable:
     """Everything of the module tree, tensors apart, that a step may read."""
     found: list[Hashable] = []
-    for name, part in module.named_modules():
+    first: dict[int, str] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        if id(part) in first:
+            found.append((name, first[id(part)]))
+            continue
+        first[id(part)] = name
+        tensors = (*part._parameters.items(), *part._buffers.items())
+        found.append(tuple((key, first.setdefault(id(t), f"{name}.{key}")) for key, t in tensors if t is not None))
         # A pre-hook (pruning, the older weight_norm) writes its tensors anew at every call.
         hooked = bool(part._forward_pre_hooks)
         own = [
@@ -69,7 +82,11 @@ def fingerprint(module: nn.Module) -> Hashable:
             for key, value in part.__dict__.items()
             if key not in MODULE_INTERNALS and not (hooked and isinstance(value, Tensor))
         ]
-        hooks = (*map(_Identity, part._forward_pre_hooks.values()), *map(_Identity, part._forward_hooks.values()))
+        hooks = tuple(
+            _Identity(hook)
+            for hooks in (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
+            for hook in hooks.values()
+        )
         found.append((name, type(part), type(part).forward, part.training, *own, *hooks))
     return tuple(found)
 

@@ -47,7 +47,11 @@ def fuse(step: Step) -> None:
             fits = len(product.users) == 1 and product not in ends and not product.kwargs and other is not product
             if fits and factors and all(isinstance(f, fx.Node) for f in factors):
                 values = [n.meta["val"] for n in (node, other, *factors)]
-                if values[1].shape == values[0].shape and len({v.dtype for v in values}) == 1:
+                if (
+                    values[1].shape == values[0].shape
+                    and len({v.dtype for v in values}) == 1
+                    and values[0].is_floating_point()
+                ):
                     with step.graph.inserting_before(node):
                         joined = _make(step, aten.addcmul.default, (other, *factors), node)
                     _replace(step, node, joined)

@@ -176,6 +176,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and not args[0]:
             what, instead = "switches gradients off", "Use .detach() on the values instead"
+        elif (func is torch.autograd.grad and not (kwargs or {}).get("create_graph")) or func is Tensor.backward:
+            what, instead = "takes a gradient as a constant", "Use create_graph=True, and .detach() what is constant"
         elif func is Tensor.register_hook:
             what, instead = "registers a hook on a tensor", "Register it on what scan returns, or on a parameter"
         else:
@@ -261,9 +263,7 @@ def _translated() -> Iterator[None]:
         ) from error
     except Exception as error:  # whatever a user's step may raise; the plain loop shows it as it is
         text = str(error)
-        if any(
-            sign in text for sign in ("tracing tensor", "data-dependent", ".numpy()", "memory address", "fake tensor")
-        ):
+        if any(sign in text for sign in _READS_VALUES):
             raise DataDependentError(
                 f"the step reads the value of a tensor in Python, at {_raised_at(error)}. Keep it a tensor: use "
                 "torch.where instead of a branch, and tensor operations instead of .item() or .numpy()."
@@ -285,6 +285,8 @@ def _mutates(node: fx.Node) -> bool:
 
 def _check(root: fx.GraphModule) -> None:
     for node in root.graph.nodes:
+        if isinstance(value := node.meta.get("val"), Tensor) and value.is_complex():
+            raise UnsupportedError(f"the step computes with complex numbers, at {location(node)}.")
         if _mutates(node):
             if _changes_input(node):
                 raise MutationError(
