@@ -2,16 +2,19 @@
 
 ``scan`` unfolds any step through time; ``explain`` shows what becomes of it; ``record`` marks a value to look at.
 Cells are single steps; ``RNN``, ``LSTM`` and ``GRU`` are torch.nn's layers on the same engine; ``load`` opens a
-trained run.
+trained run. Each is loaded on first use, so that ``import elman`` costs nothing by itself.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .cells import ElmanCell, GRUCell, LeakyCell, LSTMCell
-from .explain import explain
-from .layers import GRU, LSTM, RNN
-from .recording import record
-from .unfold import Recording, scan
+if TYPE_CHECKING:
+    from .cells import ElmanCell, GRUCell, LeakyCell, LSTMCell
+    from .explaining import explain
+    from .layers import GRU, LSTM, RNN
+    from .recording import record
+    from .runs import load
+    from .unfold import Recording, scan
 
 __all__ = [
     "GRU",
@@ -29,9 +32,24 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+_HOME = {
+    "cells": ("ElmanCell", "GRUCell", "LSTMCell", "LeakyCell"),
+    "explaining": ("explain",),
+    "layers": ("GRU", "LSTM", "RNN"),
+    "recording": ("record",),
+    "runs": ("load",),
+    "unfold": ("Recording", "scan"),
+}
 
-def load(run: Any, **options: Any) -> Any:
-    """A trained model of a run directory, ready to use: see ``elman.runs.load``."""
-    from .runs import load
 
-    return load(run, **options)
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            value = getattr(import_module(f".{module}", __name__), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from .errors import DataError, OptionError, RunError
@@ -21,8 +22,8 @@ class Window:
     ``fresh`` says that the state carried from the window before does not belong to this one: start anew.
     """
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Int64[Tensor, "T B"]
+    targets: Int64[Tensor, "T B"]
     fresh: bool
 
 

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from .errors import InputError, OptionError
@@ -233,7 +234,7 @@ def _uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] |
     return torch.cat([torch.rand(1, dtype=torch.float64, generator=own) for own in generator])
 
 
-def _inverse(probabilities: Tensor, uniform: Tensor) -> Tensor:
+def _inverse(probabilities: Float64[Tensor, "B V"], uniform: Float64[Tensor, " B"]) -> Int64[Tensor, " B"]:
     """Invert the distribution functions: the first id whose cumulated probability exceeds the number (B,)."""
     cumulated = probabilities.cumsum(-1)
     total = cumulated[:, -1:].contiguous()

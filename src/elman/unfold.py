@@ -5,20 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad as fwAD
 from torch.utils import _pytree as pytree
 
 from .compiler import reference
-from .compiler.autograd import Call, apart, chunk_length, run
-from .compiler.cache import Signature, program_of, remember
-from .compiler.compiled import Compiled
-from .compiler.custom_op import in_graph
 from .compiler.lock import tracing
+from .compiler.reference import apart
 from .errors import (
     CellError,
     ForwardModeError,
@@ -32,6 +28,9 @@ from .errors import (
 from .packing import Rows, rows_of
 from .protocol import Protocol, Tree, initial_state
 from .types import Pytree, State
+
+if TYPE_CHECKING:
+    from .compiler.compiled import Compiled
 
 __all__ = ["BACKENDS", "Recording", "prepare", "scan", "unfold"]
 
@@ -115,7 +114,7 @@ def scan(
     """
     leaves, spec = pytree.tree_flatten(xs)
     steps, batch = _extent(leaves)
-    if isinstance(leaves[0], FakeTensor) and lengths is None and not record:
+    if _is_fake(leaves[0]) and lengths is None and not record:
         return _inside_a_step(cell, xs, state, constants, steps, batch, reverse)
     in_graph_lengths = None
     if lengths is not None and torch.compiler.is_compiling():  # their values are not known while compiling
@@ -187,7 +186,12 @@ def unfold(
     tensors = [*protocol.xs.leaves, *protocol.state.leaves, *constant_leaves, *own.values()]
     if _lengths is None and _runs_reference(backend, rows, tensors):
         return _by_reference(protocol, rows, constant_leaves, given, reverse)
+    # What traces and compiles is loaded on first use: importing it takes as long as importing torch.
+    from .compiler.cache import Signature, program_of, remember
+
     if torch.compiler.is_compiling() and not record:
+        from .compiler.custom_op import in_graph
+
         return in_graph(protocol, rows, constant_leaves, own, reverse, remat, _lengths)
     signature = Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, own)
     try:
@@ -269,9 +273,14 @@ _FORWARD_MODE = (
 )
 
 
+def _is_fake(leaf: Tensor) -> bool:
+    """Whether it is a tensor without data, of a step that is being traced."""
+    return type(leaf).__name__ == "FakeTensor"
+
+
 def _transformed(leaves: list[Tensor]) -> bool:
     """Whether some of them have no memory of their own: they stand for a transform, or for a trace."""
-    return any(isinstance(leaf, FakeTensor) or _wrapped(leaf) for leaf in leaves)
+    return any(_is_fake(leaf) or _wrapped(leaf) for leaf in leaves)
 
 
 def _wrapped(leaf: Tensor) -> bool:
@@ -315,6 +324,8 @@ def _by_reference(
 def _by_program(
     program: Compiled, protocol: Protocol, rows: Rows, leaves: list[Tensor], reverse: bool, remat: int | str | None
 ) -> Any:
+    from .compiler.autograd import Call, chunk_length, run
+
     xs, state = protocol.xs.leaves, protocol.state.leaves
     device = xs[0].device
     weights = program.weights(rows.batch, leaves, device.type)

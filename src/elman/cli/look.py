@@ -31,7 +31,7 @@ def explain(
 
     from ..cells import make_cell
     from ..config import parse_assignments
-    from ..explain import explain as describe
+    from ..explaining import explain as describe
 
     options = parse_assignments([f"cell.{assignment}" for assignment in option or []]).get("cell", {})
     width = inputs or hidden

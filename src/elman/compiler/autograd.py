@@ -13,9 +13,10 @@ from ..errors import ForwardModeError
 from ..packing import Rows
 from . import reference
 from .compiled import Compiled, Differentiated
+from .reference import apart
 from .step import batch_multiple
 
-__all__ = ["Call", "apart", "chunk_length", "needs_of", "run"]
+__all__ = ["Call", "chunk_length", "needs_of", "run"]
 
 
 @dataclass
@@ -64,18 +65,6 @@ def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         flat = apart([*ys, *final], tensors)
     count = len(call.compiled.step.ys)
     return list(flat[:count]), list(flat[count:])
-
-
-def apart(outputs: list[Tensor], given: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
-    """Results that share no memory with what was given, nor with one another."""
-    seen = {t.untyped_storage()._cdata for t in given}
-    found = []
-    for out in outputs:
-        if out.untyped_storage()._cdata in seen:
-            out = out.clone()
-        seen.add(out.untyped_storage()._cdata)
-        found.append(out)
-    return found
 
 
 def _run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..packing import Rows, rows_of
 from ..protocol import Protocol, Tree
-from .autograd import Call, apart, chunk_length, run
+from .autograd import Call, chunk_length, run
 from .cache import Signature, program_of
 from .compiled import Compiled
 from .key import fingerprint
+from .reference import apart
 from .step import Leaf
 
 __all__ = ["in_graph"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..packing import Rows
 
-__all__ = ["unfold"]
+__all__ = ["apart", "unfold"]
 
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
@@ -41,3 +41,15 @@ def unfold(
     done = [ys[t] for t in times]
     joined = done[0] if len(done) == 1 else [torch.cat(leaves) for leaves in zip(*done, strict=True)]
     return joined, state, [after[t] for t in times]
+
+
+def apart(outputs: list[Tensor], given: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+    """Results that share no memory with what was given, nor with one another."""
+    seen = {t.untyped_storage()._cdata for t in given}
+    found = []
+    for out in outputs:
+        if out.untyped_storage()._cdata in seen:
+            out = out.clone()
+        seen.add(out.untyped_storage()._cdata)
+        found.append(out)
+    return found
