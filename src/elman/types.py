@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor
 
 __all__ = ["Cell", "Pytree", "State"]
 
@@ -32,6 +31,3 @@ class Cell(Protocol):
     def __call__(self, x: Pytree, state: State) -> tuple[Pytree, State]: ...
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> State: ...
-
-
-Tensors: TypeAlias = list[Tensor]

@@ -3,7 +3,6 @@ that are alike."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from .trace import perturb, trace
 __all__ = ["Signature", "forget", "program_of", "remember"]
 
 _MOST = 256
-_programs: OrderedDict[Any, Compiled | UnfoldError] = OrderedDict()
+_programs: dict[Any, Compiled | UnfoldError] = {}
 
 
 class Signature(NamedTuple):
@@ -64,7 +63,7 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
                     found = error.with_traceback(None)
                 _programs[key] = found
                 while len(_programs) > _MOST:
-                    _programs.popitem(last=False)
+                    del _programs[next(iter(_programs))]
     if isinstance(found, UnfoldError):
         raise type(found)(*found.args) from found.__cause__  # raised itself, it would keep the caller's frames
     return found

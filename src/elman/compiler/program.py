@@ -11,7 +11,7 @@ three layers written as one cell become three loops; a cell whose recurrence van
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -43,7 +43,6 @@ class Program:
     step: Step
     invariant: list[fx.Node]
     parts: list[Segment | Loop]
-    shifted: list[int] = field(default_factory=list)
 
     @property
     def loops(self) -> list[Loop]:
@@ -154,8 +153,7 @@ def partition(step: Step) -> Program:
             segment = found.setdefault((stages[n], -1), Segment([]))
             segment.nodes.append(n)
     parts = [found[key] for key in sorted(found)]
-    shifted = [i for i in range(len(step.state)) if owner[i] not in cyclic]
-    return Program(step, invariant, parts, shifted)
+    return Program(step, invariant, parts)
 
 
 def _ancestors(ends: list[fx.Node]) -> set[fx.Node]:

@@ -192,12 +192,7 @@ def functional(function: Callable[..., Any], inputs: list[Tensor]) -> fx.GraphMo
     Inputs that the function itself changes stay visible as copy_ to a placeholder.
     """
     root = make_fx(function, decomposition_table=decompositions(), record_stack_traces=True)(*inputs)
-    for node in root.graph.nodes:
-        if _mutates(node) and _changes_input(node):
-            raise MutationError(
-                f"the step changes one of its inputs or buffers in place ({node.target}), at {location(node)}. "
-                "Return the new value as part of the state instead."
-            )
+    _refuse_input_changes(root)
     if any(_mutates(node) for node in root.graph.nodes):
         again = torch.func.functionalize(fx.Interpreter(root).run, remove="mutations")
         with fx.traceback.preserve_node_meta():
@@ -283,16 +278,21 @@ def _mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def _refuse_input_changes(root: fx.GraphModule) -> None:
+    for node in root.graph.nodes:
+        if _mutates(node) and _changes_input(node):
+            raise MutationError(
+                f"the step changes one of its inputs or buffers in place ({node.target}), at {location(node)}. "
+                "Return the new value as part of the state instead."
+            )
+
+
 def _check(root: fx.GraphModule) -> None:
+    _refuse_input_changes(root)
     for node in root.graph.nodes:
         if isinstance(value := node.meta.get("val"), Tensor) and value.is_complex():
             raise UnsupportedError(f"the step computes with complex numbers, at {location(node)}.")
         if _mutates(node):
-            if _changes_input(node):
-                raise MutationError(
-                    f"the step changes one of its inputs or buffers in place ({node.target}), at {location(node)}. "
-                    "Return the new value as part of the state instead."
-                )
             raise UnsupportedError(f"{node.target} changes a tensor in place, at {location(node)}.")
         if node.op == "get_attr":
             captured = getattr(root, str(node.target))
