@@ -199,7 +199,9 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, help=f"JSON file (default {RESULTS.name}/unfold.json)")
+    parser.add_argument(
+        "--out", type=Path, help=f"JSON file (default, for all cells and shapes, {RESULTS.name}/unfold.json)"
+    )
     parser.add_argument("--peak", nargs=3, metavar=("CELL", "RIVAL", "SHAPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -228,7 +230,10 @@ def main() -> None:
     calls = overhead()
     for name, ways in calls.items():
         print(f"{name:16}" + "   ".join(f"{way} {value:.0f}" for way, value in ways.items()))
-    out = options.out or RESULTS / "unfold.json"
+    whole = not options.shape and options.cells == list(CELLS)
+    out = options.out or (RESULTS / "unfold.json" if whole else None)
+    if out is None:
+        return  # a part does not replace the whole; --out keeps it elsewhere
     out.parent.mkdir(exist_ok=True)
     out.write_text(
         json.dumps({"command": sys.argv, "machine": about, "rows": rows, "one_step_us": calls}, indent=1) + "\n"

@@ -6,6 +6,7 @@ trained run. Each is loaded on first use, so that ``import elman`` costs nothing
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def __getattr__(name: str) -> Any:
             value = getattr(import_module(f".{module}", __name__), name)
             globals()[name] = value
             return value
+    if find_spec(f"{__name__}.{name}") is not None:  # elman.unfold, without an import of its own
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -197,6 +197,9 @@ def unfold(
     try:
         program = program_of(protocol, signature)
         return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat)
+    except CellError:
+        _by_reference(protocol, rows, constant_leaves, given, reverse)  # says it with the sizes that the user knows
+        raise
     except UnfoldError as error:
         wrong = isinstance(error, MixedRowsError) and not rows.uniform
         if error.__cause__ is None and (backend != "auto" or wrong):
@@ -376,9 +379,11 @@ def _extent(leaves: list[Any]) -> tuple[int, int]:
     if not leaves:
         raise InputError("xs holds no tensor; scan needs at least one (T, B, …) tensor to know how far to unfold.")
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.dim() < 2:
-            given = tuple(leaf.shape) if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
-            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got {given}. Add a batch dimension.")
+        if not isinstance(leaf, Tensor):
+            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got a {type(leaf).__name__}.")
+        if leaf.dim() < 2:
+            shape = tuple(leaf.shape)
+            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got {shape}. Add a batch dimension.")
     steps, batch = leaves[0].shape[0], max(leaf.shape[1] for leaf in leaves)
     if any(leaf.shape[0] != steps or leaf.shape[1] not in (1, batch) for leaf in leaves):
         raise InputError(f"the leaves of xs must agree in T and B; got {[tuple(leaf.shape) for leaf in leaves]}.")

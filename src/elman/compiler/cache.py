@@ -3,17 +3,20 @@ that are alike."""
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MutationError, UnfoldError
+from ..errors import MixedRowsError, MutationError, UnfoldError
 from ..protocol import Protocol
 from .compiled import Compiled
 from .key import MODULE_INTERNALS, ambient, fingerprint
 from .lock import tracing
-from .step import Leaf
+from .step import Leaf, user_line
 from .trace import perturb, trace
 
 __all__ = ["Signature", "forget", "program_of", "remember"]
@@ -105,13 +108,34 @@ def _trace(protocol: Protocol, signature: Signature) -> Compiled:
             )
         return [*ys, *recorded.values(), *(new if protocol.record else [])], new
 
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _batch_norm_refused(protocol.cell):
         step = trace(function, signature.xs, signature.state, [*signature.parameters, *signature.constants])
     if protocol.record:
         perturb(step)
     _give_names(step, signature)
     assert protocol.y is not None
     return Compiled(step, protocol.y, tuple(names))
+
+
+@contextmanager
+def _batch_norm_refused(cell: nn.Module) -> Iterator[None]:
+    """A batch norm that takes statistics of its rows says so itself when the step comes to it."""
+
+    def refuse(part: nn.Module, _: Any) -> None:
+        line = user_line("".join(traceback.format_stack()))
+        raise MixedRowsError(
+            f"{type(part).__name__} takes its statistics over the rows of the batch, at {line}. Sequences must be "
+            "independent: use LayerNorm, or put the cell into eval mode with running statistics."
+        )
+
+    norms = [part for part in cell.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    mixing = [part for part in norms if part.training or not part.track_running_stats]
+    hooks = [part.register_forward_pre_hook(refuse) for part in mixing]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _give_names(step: Any, signature: Signature) -> None:

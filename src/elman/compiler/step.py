@@ -84,14 +84,15 @@ def user_line(stack: str) -> str:
         if line.startswith('File "') and not _ours(line.split('"')[1]):
             name, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
-            return f"{name}:{number}: {code}"
+            return f"{name}:{number}" + (f": {code}" if code and not code.startswith('File "') else "")
     return "a line that was not recorded"
 
 
 def _ours(filename: str) -> bool:
     path = filename.replace("\\", "/")
     engine = ("/elman/compiler/", "/elman/unfold.py", "/elman/protocol.py", "/elman/recording.py")
-    return "/torch/" in path or path.startswith("<") or any(part in path for part in engine)
+    typed = path.startswith(("<stdin", "<ipython", "<python-input"))  # a user's session
+    return "/torch/" in path or (path.startswith("<") and not typed) or any(part in path for part in engine)
 
 
 @contextmanager

@@ -263,8 +263,11 @@ def _translated() -> Iterator[None]:
                 f"the step reads the value of a tensor in Python, at {_raised_at(error)}. Keep it a tensor: use "
                 "torch.where instead of a branch, and tensor operations instead of .item() or .numpy()."
             ) from error
+        said = f": {text.splitlines()[0]}" if text else ""
+        for prime in _PRIMES:  # what the user knows it as
+            said = said.replace(str(prime), "B")
         raise UnsupportedError(
-            f"the step cannot be traced for a batch of any size, at {_raised_at(error)} ({type(error).__name__})."
+            f"the step cannot be traced for a batch of any size, at {_raised_at(error)} ({type(error).__name__}{said})."
         ) from error
     finally:
         logger.disabled = silent
