@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -136,10 +134,9 @@ def test_backward_from_another_thread() -> None:
 # Several processes
 
 
-def _train(rank: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _train(rank: int, out: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(Model().double())
     xs = torch.randn(5, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -149,14 +146,12 @@ def _train(rank: int, port: int, out: str) -> None:
         model(xs[:, 2 * rank : 2 * rank + 2]).square().mean().backward()
         optimiser.step()
     torch.save({name: p.detach() for name, p in model.module.named_parameters()}, f"{out}/{rank}.pt")
+    torch.distributed.barrier()  # neither leaves while the other still listens
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_train, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(_train, (str(tmp_path),), nprocs=2, start_method="spawn")
     torch.manual_seed(0)
     model = Model().double()
     xs = torch.randn(5, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
