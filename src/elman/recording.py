@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import CellError
 
-__all__ = ["record", "recorder"]
+__all__ = ["record", "recorder", "scope"]
 
 _local = threading.local()
 
@@ -23,6 +23,7 @@ def record(name: str, value: Tensor) -> Tensor:
     """
     values = getattr(_local, "values", None)
     if values is not None:
+        name = _local.prefix + name
         if name in values:
             raise CellError(f"elman.record({name!r}) is called twice in one step; give each value its own name.")
         values[name] = value
@@ -32,10 +33,21 @@ def record(name: str, value: Tensor) -> Tensor:
 @contextmanager
 def recorder(active: bool = True) -> Iterator[dict[str, Tensor]]:
     """Collect what one step records; with ``active=False`` nothing is collected."""
-    outer = getattr(_local, "values", None)
+    outer = getattr(_local, "values", None), getattr(_local, "prefix", "")
     values: dict[str, Tensor] = {}
-    _local.values = values if active else None
+    _local.values, _local.prefix = values if active else None, ""
     try:
         yield values
     finally:
-        _local.values = outer
+        _local.values, _local.prefix = outer
+
+
+@contextmanager
+def scope(name: str) -> Iterator[None]:
+    """What is recorded inside has ``name.`` before its own name: for a step that holds several cells."""
+    outer = getattr(_local, "prefix", "")
+    _local.prefix = f"{outer}{name}."
+    try:
+        yield
+    finally:
+        _local.prefix = outer

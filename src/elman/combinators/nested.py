@@ -1,0 +1,114 @@
+"""What a combinator asks of the cells it holds: one step, a first state, widths. Any cell can be held."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CellError, OptionError
+from ..protocol import initial_state, output_of
+from ..types import Pytree, State
+
+__all__ = ["Make", "Wrapper", "output_size", "positive", "start", "step"]
+
+
+class Make(Protocol):
+    """How a combinator that is built from a spec has the cell inside built, once it knows what that will read."""
+
+    def __call__(self, input_size: int, /) -> nn.Module: ...
+
+
+def step(cell: nn.Module, x: Pytree, state: State, constants: Pytree = None) -> tuple[Pytree, State]:
+    """One step of any cell: (y, state). Constants go to the cells that take a third argument.
+
+    torch.nn's own cells, which return their state alone, are taken as they are. Raises CellError for a cell that
+    needs constants when there are none.
+    """
+    known, needed = _third(type(cell).forward)
+    if constants is None and needed:
+        raise CellError(f"{type(cell).__name__} reads constants; pass constants= to scan, or to the step.")
+    result = cell(x, state) if constants is None or not known else cell(x, state, constants)
+    return output_of(cell, result)
+
+
+def start(cell: nn.Module, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
+    """The state that any cell starts from; one whose ``initial_state`` takes ``constants`` is given them."""
+    return initial_state(cell, batch, device=device, dtype=dtype, constants=constants)
+
+
+@lru_cache(maxsize=256)
+def _third(forward: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a step takes a third argument, and whether it must have one."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(forward).parameters.values())
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return True, False
+    after = [p for p in parameters if p.kind in positional][3:]  # self, x and state come first
+    return bool(after), bool(after) and after[0].default is inspect.Parameter.empty
+
+
+def input_size(cell: nn.Module) -> int:
+    """Features that a cell reads: its ``input_size``. Raises CellError where it does not say."""
+    return _size(cell, "input_size")
+
+
+def output_size(cell: nn.Module) -> int:
+    """Features that a cell gives: its ``output_size``, or else ``hidden_size``. CellError where it does not say."""
+    return _size(cell, "output_size", "hidden_size")
+
+
+def _size(cell: nn.Module, *names: str) -> int:
+    for name in names:
+        size = getattr(cell, name, None)
+        if isinstance(size, int):
+            return size
+    kind = type(cell).__name__
+    raise CellError(
+        f"{kind} does not say its {names[0]}, which what is built around it must know. Set self.{names[0]} in "
+        f"{kind}.__init__."
+    )
+
+
+def positive(owner: str, name: str, value: Any) -> int:
+    """``value``, when it is a positive integer; otherwise OptionError that names owner and option."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{owner}: {name} must be a positive integer, got {value!r}.")
+    return value
+
+
+class Wrapper(nn.Module):
+    """Abstract: a cell around one other cell, ``self.cell``, with its widths and its state unless it says otherwise.
+
+    ``build`` is how a spec makes one: ``make(input_size)`` gives the cell inside, for the input that it will read.
+    """
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(cell, nn.Module):
+            given = f"the class {cell.__name__}" if isinstance(cell, type) else repr(cell)
+            raise CellError(f"{type(self).__name__} goes around a cell; got {given}.")
+        self.cell = cell
+
+    @classmethod
+    def build(cls, input_size: int, make: Make, *args: Any, **options: Any) -> Wrapper:
+        return cls(make(input_size), *args, **options)
+
+    @property
+    def input_size(self) -> int:
+        return input_size(self.cell)
+
+    @property
+    def output_size(self) -> int:
+        return output_size(self.cell)
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
+        """The state of the cell inside."""
+        return start(self.cell, batch, device=device, dtype=dtype, constants=constants)
+
+    def forward(self, x: Pytree, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
+        raise NotImplementedError

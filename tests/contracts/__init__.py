@@ -1,0 +1,8 @@
+"""The contract table: a row for every cell and combinator; ``tests/test_contract.py`` holds each to all promises."""
+
+from . import composed
+from .row import Row
+
+__all__ = ["ROWS"]
+
+ROWS: dict[str, Row] = {**composed.ROWS}

@@ -1,0 +1,138 @@
+"""What every cell and combinator promises, checked for each row of the contract table, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comparing import assert_same, by_hand, compiled, everything, leaves, scan_by
+from contracts import ROWS, Row
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import elman
+from elman.combinators import start, step
+
+STEPS, BATCH = 6, 3
+table = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
+
+
+def made(row: Row) -> nn.Module:
+    torch.manual_seed(11)
+    return row.make().double().eval()
+
+
+def first_state(cell: nn.Module, batch: int, constants: Any) -> Any:
+    return start(cell, batch, device=torch.device("cpu"), dtype=torch.float64, constants=constants)
+
+
+def given(row: Row, cell: nn.Module, steps: int = STEPS, batch: int = BATCH) -> dict[str, Any]:
+    """xs, constants and a first state, whose floating leaves want their gradients."""
+
+    def ready(leaf: Any) -> Any:
+        return leaf.detach().clone().requires_grad_() if leaf.is_floating_point() else leaf
+
+    torch.manual_seed(12)
+    xs, constants = row.example(steps, batch)
+    state = first_state(cell, batch, constants)
+    # Away from zero, where mistakes cannot hide; what counts steps or selects units must stay what it is.
+    state = pytree.tree_map_only(Tensor, lambda s: s + 0.3 * torch.randn_like(s) if s.is_floating_point() else s, state)
+    return {
+        "xs": pytree.tree_map_only(Tensor, ready, xs),
+        "state": pytree.tree_map_only(Tensor, ready, state),
+        "constants": None if constants is None else pytree.tree_map_only(Tensor, ready, constants),
+    }
+
+
+def part(tree: Any, cut: Any) -> Any:
+    return None if tree is None else pytree.tree_map_only(Tensor, lambda leaf: leaf[cut], tree)
+
+
+@table
+def test_equals_every_sequence_alone_by_hand(row: Row) -> None:
+    """Outputs, final states and every gradient: of a batch at once, and of each sequence alone, step by step."""
+    cell = made(row)
+    sources = given(row, cell)
+    expected = everything(by_hand, cell, sources)
+    assert_same(everything(scan_by("reference"), cell, sources), expected)
+    assert_same(everything(scan_by(row.backend), cell, sources), expected)
+
+
+@table
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padding_changes_nothing(row: Row, reverse: bool) -> None:
+    cell = made(row)
+    sources = given(row, cell)
+    lengths = torch.tensor([STEPS, 1, STEPS - 2])
+    past = torch.arange(STEPS)[:, None] >= lengths
+
+    def poisoned(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        return leaf.detach().masked_fill(past.view(*past.shape, *[1] * (leaf.dim() - 2)), torch.nan).requires_grad_()
+
+    expected = everything(by_hand, cell, sources, lengths=lengths, reverse=reverse)
+    sources["xs"] = pytree.tree_map_only(Tensor, poisoned, sources["xs"])
+    found = everything(scan_by(row.backend), cell, sources, lengths=lengths, reverse=reverse)
+    assert_same(found, expected)
+
+
+@table
+def test_chunked_equals_whole(row: Row) -> None:
+    cell = made(row)
+    sources = given(row, cell)
+    whole, last = elman.scan(cell, sources["xs"], sources["state"], constants=sources["constants"])
+    pieces, state = [], sources["state"]
+    for cut in (slice(0, 2), slice(2, 3), slice(3, STEPS)):
+        ys, state = elman.scan(cell, part(sources["xs"], cut), state, constants=sources["constants"])
+        pieces.append(leaves(ys))
+    for whole_leaf, *parts in zip(leaves(whole), *pieces, strict=True):
+        torch.testing.assert_close(torch.cat(parts), whole_leaf, rtol=1e-10, atol=1e-10)
+    for found, expected in zip(leaves(state), leaves(last), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@table
+def test_streamed_equals_whole(row: Row) -> None:
+    cell = made(row)
+    sources = given(row, cell)
+    whole, _ = elman.scan(cell, sources["xs"], sources["state"], constants=sources["constants"])
+    state = sources["state"]
+    for t in range(STEPS):
+        y, state = step(cell, part(sources["xs"], t), state, sources["constants"])
+        for found, expected in zip(leaves(y), leaves(whole), strict=True):
+            torch.testing.assert_close(found, expected[t], rtol=1e-10, atol=1e-10)
+
+
+@table
+def test_begins_where_it_says(row: Row) -> None:
+    cell = made(row)
+    torch.manual_seed(12)
+    xs, constants = row.example(STEPS, BATCH)
+    expected = elman.scan(cell, xs, first_state(cell, BATCH, constants), constants=constants)
+    for found, wanted in zip(leaves(elman.scan(cell, xs, constants=constants)), leaves(expected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@table
+def test_saved_equals_loaded(row: Row) -> None:
+    cell = made(row)
+    sources = given(row, cell)
+    torch.manual_seed(99)
+    other = row.make().double().eval()
+    other.load_state_dict(load(save({k: v.contiguous() for k, v in cell.state_dict().items()})))
+    for found, expected in zip(
+        leaves(elman.scan(other, sources["xs"], sources["state"], constants=sources["constants"])),
+        leaves(elman.scan(cell, sources["xs"], sources["state"], constants=sources["constants"])),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.loops is not None])
+def test_has_the_loops_it_promises(row: Row) -> None:
+    cell = made(row)
+    program = compiled(cell, given(row, cell)).program
+    assert len(program.loops) == row.loops
