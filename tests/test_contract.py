@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same, by_hand, compiled, everything, leaves, scan_by
-from contracts import ROWS, Row
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import elman
+from comparing import assert_same, by_hand, compiled, everything, leaves, scan_by
+from contracts import ROWS, Row
 from elman.combinators import start, step
 
 STEPS, BATCH = 6, 3

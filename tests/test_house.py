@@ -63,7 +63,7 @@ STAGES = [
     "compiler",
     "unfold",
     "explaining",
-    "init cells layers",
+    "init cells combinators spec layers",
     "networks",
     "config machine optim checkpoint progress plots",
     "decode",

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elman.cells import CELLS, ElmanCell, GRUCell, LSTMCell, make_cell
+from elman.cells import CELLS, ElmanCell, GRUCell, LSTMCell
 from elman.errors import OptionError
 from elman.init import INITIALISATIONS, initialise, set_bias_
+from elman.spec import make_cell
 
 H = 12
 WRITTEN = {"chrono": "chrono:50", "spectral": "spectral:0.9"}

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .cells import CELLS, make_cell
+from .cells import CELLS
+from .spec import make_cell
 from .unfold import BACKENDS, scan
 
 __all__ = ["check_numbers", "describe_machine"]
 
-PACKAGES = ("elman", "torch", "numpy", "safetensors", "pydantic", "typer", "rich", "matplotlib", "llvmlite")
+PACKAGES = ("elman", "torch", "numpy", "safetensors", "pydantic", "typer", "rich", "matplotlib")
 
 TOLERANCE = 1e-10
 """Largest deviation allowed in float64, relative to the largest value: far above rounding, far below a

@@ -1,8 +1,9 @@
 """RNN, LSTM and GRU: torch.nn's layers, with the recurrence unfolded by elman.
 
 A layer here is torch.nn's own class with another ``forward``: the same constructor, parameters, state_dict,
-seeded initialisation and errors. Each layer and direction is one ``unfold`` of a cell of ``elman.cells`` that
-has no values of its own; the layer's weights stand in for the cell's parameters, by name.
+seeded initialisation and errors. What is unfolded is a ``Stack`` of cells of ``elman.cells`` that have no values of
+their own: all layers at once, or, where directions meet after every layer, one layer and direction after the other.
+The layer's weights stand in for the cells' parameters, by name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from .cells import ElmanCell, GatedCell, GRUCell, LSTMCell
+from .combinators import Stack
 from .errors import InputError
 from .packing import Rows, rows_of
 from .unfold import unfold
@@ -38,12 +40,26 @@ class _Unfolded(nn.RNNBase):
         self._build_cells()
 
     def _build_cells(self) -> None:
-        """Beforehand, as Dynamo can look a cell up in ``forward`` but not build one."""
-        width = (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
-        for input_size in (self.input_size, width):
-            self._cell(input_size)
+        """Beforehand, as Dynamo can look a stack up in ``forward`` but not build one."""
+        for training in (False, True):
+            for depths in self._groups():
+                self._stack(depths, training)
 
-    def _cell(self, input_size: int) -> GatedCell:
+    def _groups(self) -> list[range]:
+        """The layers that are unfolded at once: all, unless each has to wait for both directions of the one below."""
+        count = self.num_layers
+        return [range(depth, depth + 1) for depth in range(count)] if self.bidirectional else [range(count)]
+
+    def _stack(self, depths: range, training: bool) -> Stack:
+        width = (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+        cells = [self._cell(width if depth else self.input_size, depth) for depth in depths]
+        dropout = self.dropout if training and len(cells) > 1 else 0.0
+        key = (*map(id, cells), dropout)
+        if key not in _skeletons.stacks:
+            _skeletons.stacks[key] = Stack(cells, dropout=dropout)
+        return _skeletons.stacks[key]
+
+    def _cell(self, input_size: int, depth: int) -> GatedCell:
         raise NotImplementedError
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | list[int] | None = None) -> Any:
@@ -62,8 +78,8 @@ class RNN(_Unfolded, nn.RNN):
     lengths that do not fit.
     """
 
-    def _cell(self, input_size: int) -> GatedCell:
-        return _skeleton(ElmanCell, input_size, self.hidden_size, squash=self.nonlinearity, bias=self.bias)
+    def _cell(self, input_size: int, depth: int) -> GatedCell:
+        return _skeleton(ElmanCell, depth, input_size, self.hidden_size, squash=self.nonlinearity, bias=self.bias)
 
 
 class LSTM(_Unfolded, nn.LSTM):
@@ -75,8 +91,8 @@ class LSTM(_Unfolded, nn.LSTM):
     Raises what torch.nn.LSTM raises, and InputError for lengths that do not fit.
     """
 
-    def _cell(self, input_size: int) -> GatedCell:
-        return _skeleton(LSTMCell, input_size, self.hidden_size, proj_size=self.proj_size, bias=self.bias)
+    def _cell(self, input_size: int, depth: int) -> GatedCell:
+        return _skeleton(LSTMCell, depth, input_size, self.hidden_size, proj_size=self.proj_size, bias=self.bias)
 
 
 class GRU(_Unfolded, nn.GRU):
@@ -88,8 +104,8 @@ class GRU(_Unfolded, nn.GRU):
     that do not fit.
     """
 
-    def _cell(self, input_size: int) -> GatedCell:
-        return _skeleton(GRUCell, input_size, self.hidden_size, bias=self.bias)
+    def _cell(self, input_size: int, depth: int) -> GatedCell:
+        return _skeleton(GRUCell, depth, input_size, self.hidden_size, bias=self.bias)
 
 
 class _Skeletons(threading.local):
@@ -97,13 +113,14 @@ class _Skeletons(threading.local):
 
     def __init__(self) -> None:
         self.cells: dict[Any, GatedCell] = {}
+        self.stacks: dict[Any, Stack] = {}
 
 
 _skeletons = _Skeletons()
 
 
-def _skeleton(kind: type[GatedCell], input_size: int, hidden_size: int, **options: Any) -> GatedCell:
-    key = (kind, input_size, hidden_size, *options.values())
+def _skeleton(kind: type[GatedCell], depth: int, input_size: int, hidden_size: int, **options: Any) -> GatedCell:
+    key = (kind, depth, input_size, hidden_size, *options.values())
     if key not in _skeletons.cells:
         _skeletons.cells[key] = kind(input_size, hidden_size, device="meta", **options)
     return _skeletons.cells[key]
@@ -166,20 +183,25 @@ def _unfold_layers(layer: _Unfolded, xs: Tensor, rows: Rows, hx: Any) -> tuple[T
     initial = list(zip(*(h.unbind(0) for h in states), strict=True))
     directions = 2 if layer.bidirectional else 1
     lower = _autocast_dtype(layer, xs)
-    finals = []
-    for depth in range(layer.num_layers):
-        cell = layer._cell(xs.size(-1))
+    finals: list[Any] = [None] * len(initial)
+    for depths in layer._groups():
+        if depths.start and layer.dropout and layer.training:
+            xs = F.dropout(xs, layer.dropout)
+        stack = layer._stack(depths, layer.training)
         ys = []
         for direction in range(directions):
-            index = depth * directions + direction
-            own = {name.rpartition("_l")[0]: weights[name] for name in layer._all_weights[index]}
-            state = initial[index] if pair else initial[index][0]
-            y, final = unfold(cell, rows, xs, state, reverse=direction == 1, parameters=own)
+            at = [depth * directions + direction for depth in depths]
+            own = {
+                f"cells.{place}.{name.rpartition('_l')[0]}": weights[name]
+                for place, index in enumerate(at)
+                for name in layer._all_weights[index]
+            }
+            state = tuple(initial[index] if pair else initial[index][0] for index in at)
+            y, final = unfold(stack, rows, xs, state, reverse=direction == 1, parameters=own)
             ys.append(y.to(lower or xs.dtype))
-            finals.append(final if pair else (final,))
+            for index, leaves in zip(at, final, strict=True):
+                finals[index] = leaves if pair else (leaves,)
         xs = ys[0] if directions == 1 else torch.cat(ys, -1)
-        if layer.dropout and layer.training and depth < layer.num_layers - 1:
-            xs = F.dropout(xs, layer.dropout)
     last = tuple(torch.stack(leaves).to(lower or leaves[0].dtype) for leaves in zip(*finals, strict=True))
     return xs, last if pair else last[0]
 

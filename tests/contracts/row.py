@@ -26,7 +26,7 @@ def _plain(steps: int, batch: int) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """``make()`` gives the cell, seeded beforehand; ``example(T, B)`` gives (xs, constants), leaves (T, B, …) and (B, …).
+    """``make()`` gives the cell, seeded beforehand; ``example(T, B)`` gives xs, (T, B, …), and constants, (B, …).
 
     ``loops`` is how many loops the compiler must find, where that is part of the promise; ``backend`` "reference" is
     for what cannot be compiled, and says so.

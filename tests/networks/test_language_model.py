@@ -7,16 +7,18 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from elman.cells import make_cell
+from elman.combinators import Stack
 from elman.errors import InputError
 from elman.networks import LanguageModel
+from elman.spec import make_cell
 
 VOCAB, EMBEDDING, HIDDEN, STEPS, BATCH = 11, 5, 7, 6, 3
 
 
 def build(cell: str = "lstm", layers: int = 2, **options: object) -> LanguageModel:
-    widths = [EMBEDDING] + [HIDDEN] * (layers - 1)
-    return LanguageModel(VOCAB, EMBEDDING, [make_cell(cell, width, HIDDEN) for width in widths], **options)
+    dropout = options.pop("dropout_between", 0.0)
+    stack = make_cell(f"stack({layers}, {cell}, dropout={dropout})", EMBEDDING, HIDDEN)
+    return LanguageModel(VOCAB, EMBEDDING, stack, **options)
 
 
 @pytest.fixture
@@ -84,10 +86,11 @@ def test_a_cell_that_does_not_say_how_wide_it_is() -> None:
         def forward(self, x: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.cat([x, x, s], -1), s + 1
 
-    model = LanguageModel(VOCAB, EMBEDDING, [Wide(), make_cell("gru", 2 * EMBEDDING + 1, HIDDEN)])
-    assert model(torch.zeros(2, 1, dtype=torch.int64))[0].shape == (2, 1, VOCAB)
+    wide = Stack([Wide(), make_cell("gru", 2 * EMBEDDING + 1, HIDDEN)])
+    assert LanguageModel(VOCAB, EMBEDDING, wide)(torch.zeros(2, 1, dtype=torch.int64))[0].shape == (2, 1, VOCAB)
+    assert LanguageModel(VOCAB, EMBEDDING, Wide()).weight_out.shape == (VOCAB, 2 * EMBEDDING + 1)
 
 
-def test_no_layers() -> None:
-    with pytest.raises(InputError, match="at least one layer"):
-        LanguageModel(VOCAB, EMBEDDING, [])
+def test_a_cell_that_reads_another_width() -> None:
+    with pytest.raises(InputError, match="reads 6 features, and the embedding has 5"):
+        LanguageModel(VOCAB, EMBEDDING, make_cell("gru", 6, HIDDEN))

@@ -54,23 +54,42 @@ def _third(forward: Callable[..., Any]) -> tuple[bool, bool]:
 
 def input_size(cell: nn.Module) -> int:
     """Features that a cell reads: its ``input_size``. Raises CellError where it does not say."""
-    return _size(cell, "input_size")
+    size = _said(cell, "input_size")
+    if size is None:
+        raise _silent(cell, "input_size")
+    return size
 
 
-def output_size(cell: nn.Module) -> int:
-    """Features that a cell gives: its ``output_size``, or else ``hidden_size``. CellError where it does not say."""
-    return _size(cell, "output_size", "hidden_size")
+def output_size(cell: nn.Module, reads: int | None = None) -> int:
+    """Features that a cell gives: its ``output_size``, or, where it does not say, found by one step.
+
+    ``reads``: features of its input, where it does not say that either. Raises CellError when they are not known.
+    """
+    size = _said(cell, "hidden_size" if type(cell).__module__.startswith("torch.nn.") else "output_size")
+    if size is not None:
+        return size
+    reads = reads or _said(cell, "input_size")
+    like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
+    if reads is None or like.is_meta:
+        raise _silent(cell, "output_size")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        x = like.new_zeros(1, reads)
+        y, _ = step(cell, x, start(cell, 1, device=like.device, dtype=like.dtype))
+    return int(y.shape[-1])
 
 
-def _size(cell: nn.Module, *names: str) -> int:
-    for name in names:
+def _said(cell: nn.Module, name: str) -> int | None:
+    try:
         size = getattr(cell, name, None)
-        if isinstance(size, int):
-            return size
+    except CellError:  # a combinator around a cell that does not say
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _silent(cell: nn.Module, name: str) -> CellError:
     kind = type(cell).__name__
-    raise CellError(
-        f"{kind} does not say its {names[0]}, which what is built around it must know. Set self.{names[0]} in "
-        f"{kind}.__init__."
+    return CellError(
+        f"{kind} does not say its {name}, which what is built around it must know. Set self.{name} in {kind}.__init__."
     )
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import CellError, OptionError
 from ..recording import scope
 from ..types import Pytree, State
-from .nested import Make, input_size, output_size, start, step
+from .nested import Make, input_size, output_size, positive, start, step
 
 __all__ = ["Stack"]
 
@@ -48,10 +48,10 @@ class Stack(nn.Module):
                 )
 
     @classmethod
-    def build(cls, input_size: int, *makes: Make, dropout: float = 0.0, layers: int = 1) -> Stack:
+    def build(cls, input_size: int, *makes: Make, layers: int = 1, dropout: float = 0.0) -> Stack:
         """``makes`` bottom first, all of them ``layers`` times over, each as wide as the one below gives."""
         cells: list[nn.Module] = []
-        for make in makes * layers:
+        for make in makes * positive("Stack", "layers", layers):
             cells.append(make(input_size))
             input_size = output_size(cells[-1])
         return cls(cells, dropout=dropout)

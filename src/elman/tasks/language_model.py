@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ..batch import Streams, evaluation_windows
-from ..cells import make_cell
 from ..checkpoint import RunDirectory, load_tensors, read_json, write_json
+from ..combinators import Stack
 from ..config import Config, Data, Model
 from ..decode import Sampler, generate
 from ..errors import DataError, RunError
 from ..machine import autocast, cache_directory
 from ..metrics import Loss, bits
 from ..networks import LanguageModel
-from ..networks.language_model import output_width
+from ..spec import parse_spec
 from ..text import StreamDecoder, Tokenizer, Tokens, split, tokenise, write_default_text
 from ..types import State
 
@@ -95,16 +95,16 @@ def build_model(settings: Model, vocab_size: int) -> LanguageModel:
     Raises OptionError for an unknown cell or option of it.
     """
     width = settings.embedding or settings.hidden
-    below, cells = width, list[nn.Module]()
-    for _ in range(settings.layers):
-        cells.append(make_cell(settings.cell, below, settings.hidden, **settings.cell_options))
-        below = output_width(cells[-1], below)
+    spec = parse_spec(settings.cell)
+
+    def make(reads: int) -> nn.Module:
+        return spec.make(reads, settings.hidden, **settings.cell_options)
+
     return LanguageModel(
         vocab_size,
         width,
-        cells,
+        Stack.build(width, make, layers=settings.layers, dropout=settings.dropout_between),
         dropout_input=settings.dropout_input,
-        dropout_between=settings.dropout_between,
         dropout_output=settings.dropout_output,
         tie=settings.tie,
     )

@@ -1,0 +1,108 @@
+"""A cell that also reads what does not change over time; a cell whose first state is learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError, OptionError
+from ..types import Pytree, State
+from .nested import Make, Wrapper, positive, start, step
+
+__all__ = ["Conditioned", "LearnedState"]
+
+_PLACES = ("step", "start", "both")
+
+
+class Conditioned(Wrapper):
+    """Any cell, conditioned on a vector c.
+
+        a(t) = U x(t) + R c + W h(t-1) + b          where = "step": c is a further input of every step
+        h(0) = initial + G c                        where = "start"; "both": the two at once
+
+    x (B, D), c (B, C) in ``constants``, or in ``constants[key]``; y and state are those of the cell. The cell reads
+    [x, c], of D + C features, so R stands in the last C columns of whatever weights read its input, and R c is
+    computed once for all steps. With x a pair (x(t), c(t)) the context is a sequence of its own. G, in
+    ``initial`` without bias, has a map for every floating leaf of the state.
+
+    Raises OptionError for another ``where`` and an impossible size, InputError for a context of another width.
+    Sources: Goodfellow, Bengio, Courville 2016, section 10.2.4, figures 10.9 and 10.10.
+    """
+
+    def __init__(self, cell: nn.Module, context_size: int, *, where: str = "step", key: str | None = None) -> None:
+        super().__init__(cell)
+        if where not in _PLACES:
+            raise OptionError.unknown("place of a condition", where, _PLACES)
+        self.context_size, self.where, self.key = positive("Conditioned", "context_size", context_size), where, key
+        like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
+        leaves = pytree.tree_leaves(start(cell, 1, device=like.device, dtype=like.dtype)) if where != "step" else []
+        sizes = [leaf.numel() if isinstance(leaf, Tensor) and leaf.is_floating_point() else 0 for leaf in leaves]
+        options = {"bias": False, "device": like.device, "dtype": like.dtype}
+        self.initial = nn.ModuleList(
+            nn.Linear(context_size, size, **options) if size else nn.Identity() for size in sizes
+        )
+
+    @classmethod
+    def build(  # type: ignore[override]
+        cls, input_size: int, make: Make, context_size: int, *, where: str = "step", key: str | None = None
+    ) -> Conditioned:
+        return cls(make(input_size + (context_size if where != "start" else 0)), context_size, where=where, key=key)
+
+    @property
+    def input_size(self) -> int:
+        return super().input_size - (self.context_size if self.where != "start" else 0)
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
+        """The state of the cell; with ``where`` "start" or "both", moved by the context."""
+        state = start(self.cell, batch, device=device, dtype=dtype, constants=constants)
+        if self.where == "step":
+            return state
+        c = self._context(constants)
+        leaves, spec = pytree.tree_flatten(state)
+        moved = [
+            s if isinstance(g, nn.Identity) else s + g(c).view_as(s) for s, g in zip(leaves, self.initial, strict=True)
+        ]
+        return pytree.tree_unflatten(moved, spec)
+
+    def forward(self, x: Pytree, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
+        if self.where != "start":
+            x, c = x if isinstance(x, tuple) else (x, self._context(constants))
+            x = torch.cat([x, c], -1)
+        return step(self.cell, x, state, constants)
+
+    def _context(self, constants: Pytree) -> Tensor:
+        given = constants[self.key] if self.key is not None and constants is not None else constants
+        if not isinstance(given, Tensor) or given.shape[-1] != self.context_size:
+            what = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            place = "constants" if self.key is None else f"constants[{self.key!r}]"
+            raise InputError(f"Conditioned needs a context (B, {self.context_size}) in {place}; got {what}.")
+        return given
+
+
+class LearnedState(Wrapper):
+    """Any cell, started from a state that is learned: h(0) = ``initial`` (one vector for each floating leaf).
+
+    x, y and state are those of the cell, whose own first state is where learning begins.
+    Source: Forcada and Carrasco 1995, Learning the initial state of a second-order recurrent neural network.
+    """
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__(cell)
+        like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
+        leaves = pytree.tree_leaves(start(cell, 1, device=like.device, dtype=like.dtype))
+        learned = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        self.initial = nn.ParameterList(nn.Parameter(leaf.detach().clone()) for leaf in learned)
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
+        """The learned state, the same for every sequence."""
+        learned = iter(self.initial)
+
+        def first(leaf: Tensor) -> Tensor:
+            return next(learned).to(leaf).expand_as(leaf) if leaf.is_floating_point() else leaf
+
+        state = start(self.cell, batch, device=device, dtype=dtype, constants=constants)
+        return pytree.tree_map_only(Tensor, first, state)
+
+    def forward(self, x: Pytree, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
+        return step(self.cell, x, state, constants)
