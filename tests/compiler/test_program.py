@@ -11,7 +11,7 @@ from torch import nn
 
 import elman
 from cellzoo import ZooCell, zoo
-from comparing import compiled, differentiated, inputs, operations
+from comparing import assert_same, by_hand, compiled, differentiated, everything, inputs, operations, scan_by
 from elman.compiler.program import Loop, Program
 
 
@@ -82,6 +82,34 @@ def test_the_hoisted_product_adds_its_bias() -> None:
         cell = zoo(name)
         first = compiled(cell, inputs(cell, 3, 2)).program.parts[0]
         assert names(first.nodes) == {"addmm": 1}
+
+
+class Beside(torch.nn.Module):
+    """An Elman cell with one weight for its input and its state, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = torch.nn.Linear(3 + 4, 4, dtype=torch.float64)
+
+    def example(self, steps: int, batch: int) -> Any:
+        return torch.randn(steps, batch, 3), None
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(batch, 4, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = torch.tanh(self.both(torch.cat([x, h], -1)))
+        return h, h
+
+
+def test_the_product_with_the_input_leaves_the_loop_though_the_state_stands_beside_it() -> None:
+    given = inputs(Beside(), 3, 2)
+    program = compiled(Beside(), given).program
+    assert shape(program) == "SL"
+    assert names(program.segments[0].nodes) == {"addmm": 1}
+    assert names(program.loops[0].nodes) == {"addmm": 1, "tanh": 1}
+    cell = Beside()
+    assert_same(everything(scan_by("interpret"), cell, given), everything(by_hand, cell, given))
 
 
 def test_the_order_of_a_stack_in_backward() -> None:

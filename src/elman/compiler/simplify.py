@@ -3,12 +3,13 @@
 alias, and detach once derived: gone
 sums of terms           what depends on no state is added first, so that it leaves the loop;
                         a matrix product is added by addmm
+products of a cat       [x, h] W becomes x W₁ + h W₂ where x is known before h, so that x W₁ leaves the loop
 slice gradients         the gradients of all the slices of one value become one concatenation
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def simplify(step: Step, *, derived: bool) -> None:
     _own_next(step)
     _drop_dead(step)
     _join_slices(step)
+    _split_products(step)
     _order_sums(step)
     _drop_dead(step)
 
@@ -146,6 +148,42 @@ def _join_slices(step: Step) -> None:
                 joined = _make(step, aten.cat.default, ([t.args[0] for t in slices], dim), root)
             _replace(step, root, joined)
     _drop_dead(step)
+
+
+def _split_products(step: Step) -> None:
+    """A product of several values side by side, some of which are known earlier, becomes a sum of products."""
+    depth = _depths(step)
+    for node in list(step.graph.nodes):
+        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        *bias, left, weight = arguments(node)
+        cast = left.target is aten._to_copy.default
+        joined = left.args[0] if cast else left
+        if joined.target is not aten.cat.default or joined.args[1:] not in ((1,), (-1,)):
+            continue
+        runs = [list(run) for _, run in groupby(joined.args[0], depth)]
+        if len(runs) < 2 or depth(weight):
+            continue
+        with step.graph.inserting_before(node):
+            total, at = (bias[0] if bias else None), 0
+            for run in runs:
+                part = run[0] if len(run) == 1 else _like(step, aten.cat.default, (run, 1))
+                part = _like(step, left.target, (part,), dict(left.kwargs)) if cast else part
+                width = part.meta["val"].shape[1]
+                rows = _like(step, aten.slice.Tensor, (weight, 0, at, at + width))
+                total, at = _accumulate(step, total, (part, rows), node), at + width
+        assert total is not None
+        _replace(step, node, total)
+
+
+def _like(step: Step, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """A new operation, its value found from those of its arguments."""
+    new = step.graph.call_function(target, args, kwargs or {})
+    sources = new.all_input_nodes
+    values = fx.node.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+    with sources[0].meta["val"].fake_mode:
+        new.meta = {**sources[0].meta, "val": target(*values[0], **values[1])}
+    return new
 
 
 def _order_sums(step: Step) -> None:

@@ -1,0 +1,56 @@
+"""Dropout masks that are drawn once for a whole sequence and stay the same from step to step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DropMask", "drawn_for"]
+
+_BUFFER = "drawn_once"
+
+
+class DropMask(nn.Module):
+    """m / (1 - p) with m ~ Bernoulli(1 - p), which ``scan`` draws once for all the steps of a cell that holds it.
+
+    With ``rows`` every sequence has a mask of its own, (B, *shape); otherwise they share one, (*shape). A step calls
+    the module with a tensor, whose rows, dtype and device it takes, and gets the mask, or None in evaluation. A step
+    that is called by itself, outside a scan, draws anew.
+    """
+
+    drawn_once: Tensor
+
+    def __init__(self, p: float, *shape: int, rows: bool = True) -> None:
+        super().__init__()
+        self.p, self.shape, self.rows = p, shape, rows
+        self.register_buffer(_BUFFER, torch.empty(0), persistent=False)
+
+    def forward(self, like: Tensor) -> Tensor | None:
+        if not self.training or not self.p:
+            return None
+        return self.drawn_once.to(like.dtype) if self.drawn_once.numel() else self.draw(like.shape[0], like)
+
+    def draw(self, batch: int, like: Tensor) -> Tensor:
+        """A new mask, in the dtype and on the device of ``like``."""
+        size = (batch, *self.shape) if self.rows else self.shape
+        return torch.bernoulli(like.new_full(size, 1 - self.p)) / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"{self.p}, shape={self.shape}, rows={self.rows}"
+
+
+def drawn_for(
+    cell: nn.Module, names: list[str], batch: int, like: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """New masks for one scan of a cell, whose parameters and buffers have these names, by the name of the buffer.
+
+    Returns those of each sequence, (B, …), and those that all share.
+    """
+    each: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
+    for name in names:
+        if name.endswith(_BUFFER):
+            mask = cell.get_submodule(name.removesuffix(_BUFFER).removesuffix("."))
+            if isinstance(mask, DropMask) and mask.training and mask.p:
+                (each if mask.rows else shared)[name] = mask.draw(batch, like)
+    return each, shared
