@@ -3,18 +3,20 @@
 alias, and detach once derived: gone
 sums of terms           what depends on no state is added first, so that it leaves the loop;
                         a matrix product is added by addmm
-products of a cat       [x, h] W becomes x W₁ + h W₂ where x is known before h, so that x W₁ leaves the loop
+products of a cat       [x, h] W becomes x W₁ + h W₂ where x is known before h, so that x W₁ leaves the loop;
+                        a constant c beside x leaves even the segment
 slice gradients         the gradients of all the slices of one value become one concatenation
 """
 
 from __future__ import annotations
 
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
 from torch import fx
 
+from .independence import is_varying
 from .step import Step, arguments
 
 __all__ = ["fuse", "simplify"]
@@ -151,7 +153,7 @@ def _join_slices(step: Step) -> None:
 
 
 def _split_products(step: Step) -> None:
-    """A product of several values side by side, some of which are known earlier, becomes a sum of products."""
+    """A product of values side by side, some of which are known earlier than others, becomes a sum of products."""
     depth = _depths(step)
     for node in list(step.graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
@@ -161,17 +163,20 @@ def _split_products(step: Step) -> None:
         joined = left.args[0] if cast else left
         if joined.target is not aten.cat.default or joined.args[1:] not in ((1,), (-1,)):
             continue
-        runs = [list(run) for _, run in groupby(joined.args[0], depth)]
+        known = {part: (is_varying(part), depth(part)) for part in joined.args[0]}
+        runs = [list(run) for _, run in groupby(joined.args[0], known.__getitem__)]
         if len(runs) < 2 or depth(weight):
             continue
+        ends = [*accumulate(sum(part.meta["val"].shape[1] for part in run) for run in runs)]
+        begins = [0, *ends[:-1]]
+        total = bias[0] if bias else None
         with step.graph.inserting_before(node):
-            total, at = (bias[0] if bias else None), 0
-            for run in runs:
+            for at in sorted(range(len(runs)), key=lambda i: known[runs[i][0]]):
+                run = runs[at]
                 part = run[0] if len(run) == 1 else _like(step, aten.cat.default, (run, 1))
                 part = _like(step, left.target, (part,), dict(left.kwargs)) if cast else part
-                width = part.meta["val"].shape[1]
-                rows = _like(step, aten.slice.Tensor, (weight, 0, at, at + width))
-                total, at = _accumulate(step, total, (part, rows), node), at + width
+                rows = _like(step, aten.slice.Tensor, (weight, 0, begins[at], ends[at]))
+                total = _accumulate(step, total, (part, rows), node)
         assert total is not None
         _replace(step, node, total)
 
