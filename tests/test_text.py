@@ -432,7 +432,7 @@ def test_split_refuses_impossible_fractions(valid, test):
 
 @pytest.mark.parametrize(("tokens", "valid", "name"), [(10, 0.05, "valid"), (10, 0.95, "train"), (0, 0, "train")])
 def test_split_refuses_blocks_without_a_prediction(tokens, valid, name):
-    with pytest.raises(DataError, match=f"the {name} block"):
+    with pytest.raises(DataError, match=f"its {name} block.*--set data.valid_fraction=.*--valid FILE"):
         split(np.arange(tokens), valid, 0)
 
 

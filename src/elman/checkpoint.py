@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -102,11 +103,16 @@ class RunDirectory:
     def check_free(cls, path: str | Path, *, overwrite: bool = False) -> RunDirectory:
         """The directory as a place for a new run. Raises RunError as ``create`` does; changes nothing."""
         run = cls(path)
+        if any("\ud800" <= mark <= "\udfff" for mark in str(run.path)):
+            raise RunError(
+                f"{str(run.path)!r} has bytes in it that are not UTF-8, and checkpoints need a name that is. "
+                f"Choose another directory with --out."
+            )
         if run.config_file.exists():
             if not overwrite:
                 raise RunError(
-                    f"{run.path} already holds a run. Continue it with 'elman resume {run.path}', choose "
-                    f"another directory with --out, or replace it with --overwrite."
+                    f"{run.path} already holds a run. Choose another directory with --out, replace the run with "
+                    f"--overwrite, or continue it with: {run.command('resume')}"
                 )
         elif run.path.exists() and not (run.path.is_dir() and all(map(_leftover, run.path.iterdir()))):
             raise RunError(
@@ -173,6 +179,16 @@ class RunDirectory:
             )
         return f"{self.cell_file}:{cell['class']}"
 
+    def command(self, verb: str, *more: object) -> str:
+        """The command line ``elman VERB RUN MORE``, to be pasted into a shell: quoted, and with --trust where the
+        run has the user's own cell."""
+        name = str(self.path)
+        words = ["elman", verb, f"./{name}" if name.startswith("-") else name, *map(str, more)]
+        # A damaged config.json is reported by what opens the run, not by what only mentions it.
+        with suppress(RunError):
+            words += ["--trust"] if self.cell() is not None else []
+        return shlex.join(words)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for one training process; the system lets go of it when the process ends in any way.
@@ -224,15 +240,19 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def cannot_write(path: Path, error: OSError) -> RunError:
     """What to say when the system does not write a file of a run."""
+    run = RunDirectory(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+    way_out = f"continue with: {run.command('resume')}" if run.config_file.exists() else "train again."
     return RunError(
         f"cannot write {path}: {error.strerror or error}. What was saved before is intact; make room or "
-        f"change the permissions, then continue with 'elman resume' on the run directory."
+        f"change the permissions, then {way_out}"
     )
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, indented, with a line end."""
-    write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A file name that is no UTF-8 holds lone surrogates; replaced like this they are JSON's own escapes.
+    write_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def read_json(path: Path) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import RunDirectory, read_json, write_json
-from .config import Config, override
+from .config import Config, Machine, override
 from .errors import RunError
 from .machine import cache_directory, prepare, resolve
 from .metrics import bits, n_gram, unigram
@@ -34,10 +35,16 @@ COUNTABLE = 5_000_000
 def load(run_directory: str | Path, *, trust: bool = False, device: str = "cpu") -> TrainedLanguageModel:
     """A trained model, ready to use, from its run directory.
 
-    A run with the user's own cell holds code; it is executed only with ``trust=True``. Raises RunError
-    when the directory holds no run, a damaged one, or one that is not trusted.
+    ``run_directory``: what ``elman train`` made. ``trust=True`` runs the code of the run's own cell, which a run
+    with a cell from a user's file needs and no other does; read RUN/cell.py first. ``device``: where the weights
+    go and the model computes, as torch names it ("cpu", "cuda", "cuda:1", "mps"), or "auto".
+
+    Raises RunError when the directory holds no run, a damaged one, or one that needs ``trust``; OptionError for
+    a device that this machine does not have.
     """
-    return TrainedLanguageModel.load(RunDirectory.open(run_directory), trust=trust, device=device)
+    run = RunDirectory.open(run_directory)
+    known = str(resolve(Config(machine=Machine(device=device))).machine.device)
+    return TrainedLanguageModel.load(run, trust=trust, device=known)
 
 
 def start(config: Config, out: Path, reporter: Reporter, *, overwrite: bool = False) -> dict[str, Any]:
@@ -77,24 +84,35 @@ def resume(
         task = _task(config, corpus, own)
         trainer = Trainer(task, run, config, reporter)
         if run.last_file.exists() or which is not None:
-            trainer.restore(which or "last")
+            trainer.restore(which or "last", _as_options(changes))
         store_corpus(corpus, run)
         progress = trainer.progress
-        if which is None and progress.finished is not None and not changes:
+        if progress.finished is not None and not changes:
             if run.result_file.exists():
-                return read_json(run.result_file) | {"already": True}
+                return read_json(run.result_file) | {"run": str(run.path), "already": True}
             trainer.draw()
             return _finish(trainer, corpus, trainer.outcome()) | {"already": True}
         if progress.finished is not None and trainer.fraction() >= 1.0:
             raise RunError(
                 f"{run.path} stands at step {progress.step:,} after {progress.seconds / 60:.1f} minutes, so "
                 f"its budget is spent. Give a larger one, for example: "
-                f"elman resume {run.path} --steps {2 * progress.step}"
+                f"{run.command('resume', '--steps', 2 * progress.step)}"
             )
         if changes:
             run.write_config(config, run.cell())
             progress.stale = 0
         return _fit(trainer, corpus)
+
+
+def _as_options(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Changed settings as they stand on a command line."""
+    pairs = [
+        (f"{section}.{name}", value)
+        for change in changes
+        for section, settings in change.items()
+        for name, value in settings.items()
+    ]
+    return [word for name, value in pairs for word in ("--set", f"{name}={json.dumps(value)}")]
 
 
 def _task(config: Config, corpus: Corpus, own_cell: str | None = None) -> LanguageModelling:
@@ -120,11 +138,18 @@ def _fit(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
 
 
 def _finish(trainer: Trainer, corpus: Corpus, outcome: Outcome) -> dict[str, Any]:
-    """Evaluate the best weights on the test text, and write result.json."""
-    model = TrainedLanguageModel.load(trainer.run, trust=True, device=str(trainer.config.machine.device))
-    result = _summary(trainer, outcome) | {"test": model.evaluate(corpus.test).to_json()}
-    if len(corpus.train) <= COUNTABLE:
-        result["baselines"] = _baselines(corpus)
+    """Evaluate the best weights on the test text, and write result.json.
+
+    Ctrl-C leaves a trained run without result.json, which ``resume`` then finishes.
+    """
+    result = _summary(trainer, outcome)
+    try:
+        model = TrainedLanguageModel.load(trainer.run, trust=True, device=str(trainer.config.machine.device))
+        result["test"] = model.evaluate(corpus.test).to_json()
+        if len(corpus.train) <= COUNTABLE:
+            result["baselines"] = _baselines(corpus)
+    except KeyboardInterrupt:
+        return result | {"ended": "interrupted"}
     write_json(trainer.run.result_file, result)
     return result
 

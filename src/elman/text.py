@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -265,7 +266,7 @@ def tokenise(paths: Sequence[Source], tokenizer: Tokenizer, cache: Source) -> To
         except OSError as error:
             raise DataError(
                 f"cannot write the token cache in {cache}: {error.strerror or error}; free some space "
-                "there or choose another directory"
+                "there or choose another directory with the environment variable ELMAN_CACHE"
             ) from error
         found = entry.load()
         if found is None:
@@ -294,8 +295,10 @@ def split(tokens: Tokens | np.ndarray, valid: float, test: float) -> Split:
     for name, fraction in (("train", 1 - valid - test), ("valid", valid), ("test", test)):
         if fraction and sizes[name] < 2:
             raise DataError(
-                f"the {name} block, {fraction:.3g} of {len(ids)} tokens, has {sizes[name]} and needs at "
-                "least 2: give more text or other fractions"
+                f"the text is too short: its {name} block, {fraction:.3g} of {len(ids)} tokens, has {sizes[name]} and "
+                f"needs at least 2. Give more text, hold out {'less' if name == 'train' else 'more'} of it "
+                "(--set data.valid_fraction=…, --set data.test_fraction=…) or name held-out texts of their own "
+                "(--valid FILE, --test FILE)"
             )
     end = sizes["train"] + sizes["valid"]
     return Split(ids[: sizes["train"]], ids[sizes["train"] : end], ids[end:])
@@ -330,7 +333,10 @@ def write_default_text(folder: Source) -> Path:
             with write_atomically(path) as file:
                 file.write(content)
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}; choose another directory") from error
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}; choose another directory with the environment "
+            "variable ELMAN_CACHE"
+        ) from error
     return path
 
 
@@ -386,7 +392,7 @@ def _characters(path: Path, digest: Any = None) -> Iterator[str]:
         if nul >= 0:
             raise DataError(
                 f"{path} is a binary file: it holds a NUL byte at offset {offset + len(pending) + nul}. Name "
-                "a text file, or train on bytes with --tokens byte"
+                "a text file, or use a model trained with --tokens byte, which reads every file as it is"
             )
         data = pending + block
         piece, used = _decode(path, data, offset, line, column, final=False)
@@ -401,10 +407,7 @@ def _characters(path: Path, digest: Any = None) -> Iterator[str]:
 def _check_start(path: Path, block: bytes) -> None:
     if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         code = "UTF-32" if block.startswith(codecs.BOM_UTF32_LE) else "UTF-16"
-        raise DataError(
-            f"{path} is {code}, by its byte-order mark at offset 0, and not UTF-8: convert it with "
-            f"iconv -f {code} -t UTF-8 {path} > new.txt, or train on bytes with --tokens byte"
-        )
+        raise DataError(f"{path} is {code}, by its byte-order mark at offset 0, and not UTF-8. {_way_out(path, code)}")
 
 
 def _decode(path: Path, data: bytes, offset: int, line: int, column: int, *, final: bool) -> tuple[str, int]:
@@ -416,9 +419,14 @@ def _decode(path: Path, data: bytes, offset: int, line: int, column: int, *, fin
         line, column = _advance(data[: error.start].decode(), line, column)
         raise DataError(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}, line "
-            f"{line}, column {column} ({error.reason}). Convert the file, for example with "
-            f"iconv -f LATIN1 -t UTF-8 {path} > new.txt, or train on bytes with --tokens byte"
+            f"{line}, column {column} ({error.reason}). {_way_out(path, 'LATIN1')}"
         ) from error
+
+
+def _way_out(path: Path, code: str) -> str:
+    """What to do with a text in another code than UTF-8."""
+    convert = f"iconv -f {code} -t UTF-8 {shlex.quote(str(path))} > new.txt"
+    return f"Convert the file ({convert}), or use a model trained with --tokens byte, which reads every file as it is"
 
 
 def _advance(piece: str, line: int, column: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -34,6 +34,9 @@ VALIDATING = 0.1
 
 DRAW_SECONDS = 60.0
 """Least time between two drawings of the loss curve."""
+
+USUAL_LR = {"adam": (1e-4, 1e-2), "adamw": (1e-4, 1e-2), "sgd": (1e-2, 1.0)}
+"""Learning rates that recurrent networks are usually trained with; advice, not a limit."""
 
 
 class Task(Protocol):
@@ -118,11 +121,13 @@ class Trainer:
 
     # -- saving and continuing
 
-    def restore(self, which: str = "last") -> None:
-        """Continue from the checkpoint 'last' or 'best'. Raises RunError when it is missing, damaged or
-        foreign."""
+    def restore(self, which: str = "last", options: Sequence[str] = ()) -> None:
+        """Continue from the checkpoint 'last' or 'best'.
+
+        Raises RunError when it is missing, damaged or foreign; the command it suggests then has ``options`` too.
+        """
         file = self.run.best_file if which == "best" else self.run.last_file
-        tensors, facts = load_checkpoint(self.run, which)
+        tensors, facts = load_checkpoint(self.run, which, options)
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "task": {}, "random": {}}
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
@@ -237,12 +242,14 @@ class Trainer:
         self.task.forget()
         if progress.skipped_in_row >= settings.max_skipped:
             what = "gradient" if math.isfinite(loss) else "loss"
-            source = " --from best" if self.run.best_file.exists() else ""
+            source = ("--from", "best") if self.run.best_file.exists() else ()
+            low, high = USUAL_LR[settings.name]
+            change = f"optim.lr={min(settings.lr / 10, high / 10):g}"
             raise TrainingError(
                 f"the {what} was not finite in {progress.skipped_in_row} steps in a row, up to step "
                 f"{progress.step}, so training stops. The checkpoints from before are intact. Lower the "
-                f"learning rate (it is {settings.lr:g}) or clip more (at {settings.clip:g}), for example: "
-                f"elman resume {self.run.path}{source} --set optim.lr={settings.lr / 10:g}"
+                f"learning rate (it is {settings.lr:g}; with {settings.name}, {low:g} to {high:g} is usual) or clip "
+                f"more (at {settings.clip:g}), for example: {self.run.command('resume', *source, '--set', change)}"
             )
 
     def _log(self, rate: float) -> None:
@@ -372,7 +379,9 @@ class Trainer:
         )
 
 
-def load_checkpoint(run: RunDirectory, which: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(
+    run: RunDirectory, which: str = "last", options: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a checkpoint; RunError names the other one when that can be used instead."""
     file, other, name = run.last_file, run.best_file, "best"
     if which == "best":
@@ -381,7 +390,7 @@ def load_checkpoint(run: RunDirectory, which: str = "last") -> tuple[dict[str, T
         tensors, facts = load_tensors(file)
     except RunError as error:
         way_out = (
-            f" Continue from the other checkpoint with: elman resume {run.path} --from {name}"
+            f" Continue from the other checkpoint with: {run.command('resume', '--from', name, *options)}"
             if other.exists()
             else " No other checkpoint was saved; train again with --overwrite."
         )

@@ -15,6 +15,24 @@ from elman.cli import main
 WORDS = ("the", "sea", "and", "a", "ship", "went", "over", "under", "long", "night,", "day.\n", "old", "rope")
 TINY = ["--hidden", "8", "--batch", "2", "--window", "8", "--threads", "1", "--dropout", "0.1"]
 
+OWN_CELL = """
+import torch
+
+class Mine(torch.nn.Module):
+    def __init__(self, input_size, hidden_size, gain=1.0):
+        super().__init__()
+        self.mix = torch.nn.Linear(input_size + hidden_size, hidden_size)
+        self.gain = gain
+
+    def initial_state(self, batch, *, device, dtype):
+        return torch.zeros(batch, self.mix.out_features, device=device, dtype=dtype)
+
+    def forward(self, x, h):
+        h = torch.tanh(self.gain * self.mix(torch.cat([x, h], -1)))
+        return h, h
+"""
+"""The file of a user's own cell, with one option."""
+
 
 class Outcome(NamedTuple):
     code: int

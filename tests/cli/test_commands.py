@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,28 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs_common import TINY, Command, Outcome, write_text
+from runs_common import OWN_CELL, TINY, Command, Outcome, write_text
 
+import elman
 from elman.checkpoint import RunDirectory
 from elman.cli.train import free_name
 from elman.runs import load
-
-CELL = """
-import torch
-
-class Mine(torch.nn.Module):
-    def __init__(self, input_size, hidden_size, gain=1.0):
-        super().__init__()
-        self.mix = torch.nn.Linear(input_size + hidden_size, hidden_size)
-        self.gain = gain
-
-    def initial_state(self, batch, *, device, dtype):
-        return torch.zeros(batch, self.mix.out_features, device=device, dtype=dtype)
-
-    def forward(self, x, h):
-        h = torch.tanh(self.gain * self.mix(torch.cat([x, h], -1)))
-        return h, h
-"""
 
 
 @pytest.fixture
@@ -163,7 +149,7 @@ def test_generate_refuses(options: list[str], code: int, words: str, command: Co
 def test_generate_with_unknown_symbols_in_the_prompt(command: Command, run: Path) -> None:
     code, out, err = command("generate", run, "--prompt", "λ the", "--length", "20", "--seed", "1")
     assert code == 0
-    assert "1 symbols" in err
+    assert "the prompt has 1 symbol that" in err
     assert "�" not in out, "the unknown symbol is never drawn"
 
 
@@ -181,7 +167,7 @@ def test_the_loaded_model_steps_as_it_scans(run: Path) -> None:
 
 
 def test_a_users_own_cell_needs_trust(command: Command, text: Path, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(CELL)
+    (tmp_path / "own.py").write_text(OWN_CELL)
     out = tmp_path / "run"
     options = [
         "--cell",
@@ -243,8 +229,16 @@ def test_names_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_name(("a/book.txt",), "own.py:Mine") == Path("runs/book-mine-2")
 
 
+@pytest.mark.parametrize("level", ["plan", "program", "code"])
+def test_explain_says_what_the_library_says(level: str, command: Command) -> None:
+    shown = succeeded(command("explain", "--cell", "gru", "--hidden", 4, "--input", 3, "--level", level))
+    assert shown.rstrip() == elman.explain(elman.GRUCell(3, 4), torch.zeros(2, 2, 3), level=level).rstrip()
+
+
 def test_doctor(command: Command) -> None:
-    assert "ok" in succeeded(command("doctor"))
+    shown = succeeded(command("doctor"))
+    assert "ok" in shown
+    assert "missing" not in shown
     report = json.loads(succeeded(command("doctor", "--json")))
     assert report["checks"]
     assert all(check["ok"] for check in report["checks"])
@@ -286,9 +280,27 @@ def test_help(path: list[str], command: Command) -> None:
     assert "--help" in shown
 
 
-def test_version(command: Command) -> None:
-    import elman
+def test_help_leads_with_training(command: Command) -> None:
+    assert re.findall(r"^  (\w+)  ", succeeded(command("--help")).partition("Commands:")[2], re.MULTILINE)[0] == "train"
 
+
+def test_help_gives_examples_on_one_line(command: Command) -> None:
+    """A command that help breaks in two would not work when it is pasted."""
+    for verb in ("train lm", "resume", "evaluate", "generate", "score", "explain"):
+        examples = re.findall(
+            r"^\s*(?:Example: )?(elman .*)$", succeeded(command(*verb.split(), "--help")), re.MULTILINE
+        )
+        source = "".join(path.read_text(encoding="utf-8") for path in Path(elman.cli.__file__).parent.glob("*.py"))
+        assert examples
+        assert all(f"{example}\n" in source for example in examples)
+
+
+def test_the_parameters_of_load_are_explained() -> None:
+    for name in inspect.signature(elman.load).parameters:
+        assert f"``{name}" in (elman.load.__doc__ or "")
+
+
+def test_version(command: Command) -> None:
     assert succeeded(command("--version")).strip() == elman.__version__
 
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import look, train, use
 
 __all__ = ["app"]
 
+
+class TrainFirst(TyperGroup):
+    """The commands with what comes first in use first."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name != "train")
+
+
 app = typer.Typer(
     name="elman",
+    cls=TrainFirst,
     help="Recurrent sequence models: write the recurrence, get the kernel.",
     epilog="Results go to stdout, progress to stderr. "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    rich_markup_mode="rich" if sys.stdout and sys.stdout.isatty() else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -22,16 +22,19 @@ def explain(
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the cell; may be repeated.")
     ] = None,
+    level: Annotated[
+        str, typer.Option(help="plan: segments, loops, stages; program: every operation; code: what runs.")
+    ] = "plan",
 ) -> None:
-    """Show how a cell is unfolded: the backend and why, the loop program, the generated code.
+    """Show how a cell is unfolded: backend and why, loops, code.
 
-    Example: elman explain --cell lstm --hidden 512
+    Example: elman explain --cell lstm --hidden 512 --level code
     """
     import torch
 
-    from ..cells import make_cell
     from ..config import parse_assignments
     from ..explaining import explain as describe
+    from ..spec import make_cell
 
     options = parse_assignments([f"cell.{assignment}" for assignment in option or []]).get("cell", {})
     width = inputs or hidden
@@ -39,14 +42,14 @@ def explain(
         step = make_cell(cell, width, hidden, **options)
         if layers > 1:
             print(f"layer {layer + 1}")
-        print(describe(step, torch.zeros(steps, batch, width)))
+        print(describe(step, torch.zeros(steps, batch, width), level=level))
         width = getattr(step, "output_size", hidden)
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Versions, devices, backends, and a check that the numbers are right.
+    """Show versions and devices, and check that the numbers are right.
 
     Exit code 1 when a number is wrong.
     """

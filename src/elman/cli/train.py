@@ -22,9 +22,11 @@ LM_EXAMPLES = """Examples:
 
   elman train lm --minutes 2
 
-  elman train lm book.txt more/*.txt --out runs/book --cell gru --layers 2 --hidden 512 --epochs 10
+  elman train lm book.txt more/*.txt --cell gru --layers 2 --epochs 10
 
-  elman train lm book.txt --config settings.yaml --set optim.lr=1e-3 --set model.cell_options.peepholes=true
+  elman train lm book.txt --out runs/book --config settings.yaml
+
+  elman train lm book.txt --set model.cell_options.peepholes=true
 """
 
 RESUME_EXAMPLES = """Examples:
@@ -157,7 +159,7 @@ def resume(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Continue a run that was stopped, in whatever way; the result is the same as without the stop."""
+    """Continue a run that was stopped, as if it had not been."""
     from ..config import parse_assignments
     from ..errors import OptionError
 
@@ -169,10 +171,10 @@ def resume(
     from ..runs import resume as continue_run
 
     result = continue_run(run, changes, Reporter(quiet=quiet), which=source, trust=trust)
-    if result.pop("already", False):
+    if result.pop("already", False) and result["ended"] != "interrupted":
         print(
             f"{run} is finished: it ended at step {result['steps']:,} ({result['ended']}). "
-            f"To train on: elman resume {run} --steps {2 * result['steps']}",
+            f"To train on: {command(result, 'resume', '--steps', 2 * result['steps'])}",
             file=sys.stderr,
         )
     show_result(result, as_json)
@@ -211,10 +213,17 @@ def show_result(result: dict[str, Any], as_json: bool) -> None:
             print(line)
     if interrupted:
         print(
-            f"stopped and saved at step {result['steps']:,}. Continue with: elman resume {result['run']}",
+            f"stopped and saved at step {result['steps']:,}. Continue with: {command(result, 'resume')}",
             file=sys.stderr,
         )
         raise typer.Exit(130)
+
+
+def command(result: dict[str, Any], verb: str, *more: object) -> str:
+    """What to type to do more with the run of this result."""
+    from ..checkpoint import RunDirectory
+
+    return RunDirectory(result["run"]).command(verb, *more)
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:
@@ -236,6 +245,6 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     rows += [
         ("steps", f"{result['steps']:,}{skipped}, best at {best}; {duration(result['seconds'])}, {ended}"),
         ("loss curve", f"{run}/loss.png"),
-        ("try it", f'elman generate {run} --prompt "The " --temperature 0.8'),
+        ("try it", command(result, "generate", "--prompt", "The ", "--temperature", 0.8)),
     ]
     return [f"{name:<20}{text}" for name, text in rows]
