@@ -59,7 +59,7 @@ ERRORS = [
 STAGES = [
     "errors types",
     "tokencache text batch metrics",
-    "recording packing protocol",
+    "recording drawn packing protocol",
     "compiler",
     "unfold",
     "explaining",

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 import elman
 from cellzoo import Elman, ZooCell, zoo
 from comparing import assert_same, by_hand, everything, inputs, scan_by
-from elman.errors import CellError, InputError, OptionError, StateError, UsageError
 from elman.packing import rows_of
 from elman.unfold import unfold
 
@@ -355,119 +354,7 @@ def test_other_parameters_may_stand_in(backend: str) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), list(twin.parameters())))
 
 
-# Errors
-
-
-class Simple(nn.Module):
-    """A cell whose forward is given."""
-
-    def __init__(self, step: Any) -> None:
-        super().__init__()
-        self.step = step
-
-    def initial_state(self, batch: int, *, device: Any, dtype: Any) -> Tensor:
-        return torch.zeros(batch, 4, device=device, dtype=dtype)
-
-    def forward(self, x: Any, s: Any) -> Any:
-        return self.step(x, s)
-
-
-class NoStart(nn.Module):
-    def forward(self, x: Any, s: Any) -> Any:
-        return x, s
-
-
-X, S = torch.randn(5, 2, 4), torch.zeros(2, 4)
-MISTAKES: dict[str, tuple[type[UsageError], str, tuple[Any, ...], dict[str, Any]]] = {
-    "not a module": (CellError, r"nn.Module.*function", (lambda x, s: (x, s), X, S), {}),
-    "a class for an instance": (CellError, r"nn.Module.*type", (Elman, X, S), {}),
-    "no initial state": (CellError, r"NoStart.*initial_state.*state=", (NoStart(), X), {}),
-    "no pair": (CellError, r"pair \(y, state\).*Tensor", (Simple(lambda x, s: x), X), {}),
-    "nothing returned": (CellError, r"pair \(y, state\).*NoneType", (Simple(lambda x, s: None), X), {}),
-    "a triple": (CellError, r"pair \(y, state\).*tuple of 3", (Simple(lambda x, s: (x, s, s)), X), {}),
-    "another structure of the state": (
-        StateError,
-        r"structure.*tuple|tuple.*structure",
-        (Simple(lambda x, s: (x, (s, s))), X),
-        {},
-    ),
-    "no state any more": (StateError, r"structure", (Simple(lambda x, s: (x, None)), X), {}),
-    "another shape of the state": (
-        StateError,
-        r"shape.*\(\d+, 4\).*\(\d+, 8\)",
-        (Simple(lambda x, s: (x, torch.cat([s, s], -1))), X),
-        {},
-    ),
-    "another type of the state": (StateError, r"float32.*float64", (Simple(lambda x, s: (x, s.double())), X), {}),
-    "y without a batch": (CellError, r"\(B, …\)", (Simple(lambda x, s: (x.sum(), s)), X), {}),
-    "y with features in front": (CellError, r"\(B, …\)", (Simple(lambda x, s: (x.t(), s)), X), {}),
-    "xs without a batch": (InputError, r"\(T, B, …\).*\(5,\)", (NoStart(), X[:, 0, 0], S), {}),
-    "xs empty": (InputError, r"no tensor", (NoStart(), {}, S), {}),
-    "xs of a list": (InputError, r"\(T, B, …\).*float", (NoStart(), [1.0, 2.0], S), {}),
-    "xs without steps": (InputError, r"T = 0", (NoStart(), X[:0], S), {}),
-    "xs that disagree in T": (InputError, r"\(5, 2, 4\).*\(4, 2, 4\)", (NoStart(), (X, X[1:]), S), {}),
-    "xs that disagree in B": (InputError, r"\(5, 2, 4\).*\(5, 3, 4\)", (NoStart(), (X, torch.zeros(5, 3, 4)), S), {}),
-    "the state of another batch": (StateError, r"B = 2.*\(3, 4\)", (NoStart(), X, torch.zeros(3, 4)), {}),
-    "a state of no dimension": (StateError, r"B = 2", (NoStart(), X, torch.zeros(())), {}),
-    "constants of another batch": (
-        InputError,
-        r"constants.*B = 2.*\(3,\)",
-        (NoStart(), X, S),
-        {"constants": torch.zeros(3)},
-    ),
-    "too few lengths": (InputError, r"2 integers.*\(1,\)", (NoStart(), X, S), {"lengths": [3]}),
-    "lengths with a fraction": (InputError, r"integers.*float", (NoStart(), X, S), {"lengths": [3.0, 2.0]}),
-    "lengths as a mask": (InputError, r"integers.*bool", (NoStart(), X, S), {"lengths": torch.tensor([True, False])}),
-    "lengths as a matrix": (
-        InputError,
-        r"integers.*\(2, 1\)",
-        (NoStart(), X, S),
-        {"lengths": torch.tensor([[1], [2]])},
-    ),
-    "lengths beyond T": (InputError, r"T = 5.*7", (NoStart(), X, S), {"lengths": [7, 2]}),
-    "negative lengths": (InputError, r"0.*-1", (NoStart(), X, S), {"lengths": [-1, 2]}),
-    "an unknown backend": (
-        OptionError,
-        r"'interpet'.*'interpret'.*reference",
-        (NoStart(), X, S),
-        {"backend": "interpet"},
-    ),
-    "a backend that is no name": (OptionError, r"backend", (NoStart(), X, S), {"backend": 3}),
-    "remat of zero": (OptionError, r"remat.*0", (NoStart(), X, S), {"remat": 0}),
-    "remat below zero": (OptionError, r"remat.*-2", (NoStart(), X, S), {"remat": -2}),
-    "remat as a word": (OptionError, r"remat.*'sqrt'", (NoStart(), X, S), {"remat": "sqrt"}),
-    "remat as a fraction": (OptionError, r"remat.*2.5", (NoStart(), X, S), {"remat": 2.5}),
-    "remat as a truth value": (OptionError, r"remat.*True", (NoStart(), X, S), {"remat": True}),
-}
-
-
-@every_backend
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake: str, backend: str) -> None:
-    error, pattern, args, options = MISTAKES[mistake]
-    with pytest.raises(error, match=pattern) as caught:
-        elman.scan(*args, **{"backend": backend, **options})
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert len(message) < 400
-    assert message.endswith((".", ")."))
-
-
-@every_backend
-def test_what_the_users_step_raises_goes_through(backend: str) -> None:
-    def step(x: Tensor, s: Tensor) -> Any:
-        return x @ torch.zeros(7, 2), s
-
-    with pytest.raises(RuntimeError, match=r"2x4 and 7x2") as caught:
-        elman.scan(Simple(step), X, backend=backend)
-    files = [entry.path.name for entry in caught.traceback]
-    assert "test_unfold.py" in files[1:]
-
-
-@every_backend
-def test_a_forgotten_argument_is_the_users_own_error(backend: str) -> None:
-    with pytest.raises(TypeError, match=r"constants|positional"):
-        elman.scan(zoo("Elman"), doubles(3, 2, 3), constants=torch.zeros(2, 1), backend=backend)
+# Edges
 
 
 @every_backend

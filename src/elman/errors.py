@@ -70,8 +70,8 @@ class OptionError(UsageError):
         import difflib
 
         near = difflib.get_close_matches(given.lower(), known, n=1, cutoff=0.5)
-        hint = f" did you mean {near[0]!r}?" if near else ""
-        return cls(f"unknown {what} {given!r}:{hint} Known: {', '.join(known)}.")
+        hint = f": did you mean {near[0]!r}?" if near else "."
+        return cls(f"unknown {what} {given!r}{hint} Known: {', '.join(known)}.")
 
 
 class UnfoldError(ElmanError):

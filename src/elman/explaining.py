@@ -18,9 +18,9 @@ from .compiler.program import Loop, Program
 from .errors import OptionError, UnfoldError
 from .packing import rows_of
 from .types import Pytree, State
-from .unfold import _extent, _tensors_of, prepare
+from .unfold import _extent, _tensors_of, prepare, scan
 
-__all__ = ["LEVELS", "explain"]
+__all__ = ["LEVELS", "compiled_step", "explain"]
 
 LEVELS = ("plan", "program", "code")
 
@@ -34,16 +34,9 @@ def explain(cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytr
     """
     if level not in LEVELS:
         raise OptionError.unknown("level", level, LEVELS)
-    leaves, spec = torch.utils._pytree.tree_flatten(xs)
-    steps, batch = _extent(leaves)
-    rows = rows_of(steps, batch)
-    packed = torch.utils._pytree.tree_unflatten([rows.pack(leaf) for leaf in leaves], spec)
-    protocol, constant_leaves = prepare(cell, rows, packed, state, constants, False)
-    parameters = _tensors_of(cell)
     name = type(cell).__name__
     try:
-        signature = Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, parameters)
-        program = program_of(protocol, signature)
+        program = compiled_step(cell, xs, state, constants=constants)
     except UnfoldError as error:
         return f"{name}: backend reference (plain loop and autograd)\nwhy: {type(error).__name__}: {error}\n"
     rule = program.derivative(*needs_of(program))
@@ -56,6 +49,25 @@ def explain(cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytr
     lines += ["forward", *_program(rule.forward, level, "forward"), ""]
     lines += ["backward, in reversed time", *_program(rule.adjoint, level, "backward")]
     return "\n".join(lines) + "\n"
+
+
+def compiled_step(cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytree = None) -> Compiled:
+    """The compiled step that ``scan`` runs for a cell that is given these. Raises what ``scan`` raises, and
+    UnfoldError where it would run the plain loop."""
+    leaves, spec = torch.utils._pytree.tree_flatten(xs)
+    steps, batch = _extent(leaves)
+    rows = rows_of(steps, batch)
+    packed = torch.utils._pytree.tree_unflatten([rows.pack(leaf) for leaf in leaves], spec)
+    protocol, constant_leaves = prepare(cell, rows, packed, state, constants, False)
+    signature = Signature.of(
+        protocol.xs.leaves, protocol.state.leaves, constant_leaves, {**_tensors_of(cell), **protocol.masks}
+    )
+    try:
+        return program_of(protocol, signature)
+    except UnfoldError as error:
+        if error.__cause__ is not None:  # perhaps a mistake: the plain loop says it as scan would
+            scan(cell, xs, state, constants=constants, backend="reference")
+        raise
 
 
 def _once(program: Compiled, level: str) -> list[str]:

@@ -151,20 +151,29 @@ class Rows:
         return zeros.index_add(0, self.sequence.to(value.device), value)
 
 
-def rows_of(steps: int, batch: int, lengths: Tensor | list[int] | None = None) -> Rows:
+def rows_of(
+    steps: int, batch: int, lengths: Tensor | list[int] | None = None, device: torch.device | None = None
+) -> Rows:
     """The layout of ``batch`` sequences padded to ``steps``, with their lengths (B,) if they differ.
 
-    Raises InputError when lengths are not B integers between 0 and T.
+    Lengths may be on any device; the layout is for tensors on ``device``, or where the lengths are. Raises InputError
+    when lengths are not B integers between 0 and T.
     """
     if lengths is None:
         return Rows(steps, batch)
-    given = torch.as_tensor(lengths)
-    if given.dim() != 1 or given.numel() != batch or given.is_floating_point() or given.dtype == torch.bool:
+    try:
+        given = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"lengths must be {batch} integers, one for each sequence; got {lengths!r:.80}.") from error
+    if given.is_meta:
+        raise InputError(f"lengths must be {batch} integers; got a tensor on device meta, which holds no data.")
+    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if given.dim() != 1 or given.numel() != batch or not whole:
         raise InputError(
             f"lengths must be {batch} integers, one for each sequence of the batch; "
             f"got shape {tuple(given.shape)} of {given.dtype}."
         )
-    device, host = given.device, given.detach().to("cpu", torch.long)
+    device, host = device or given.device, given.detach().to("cpu", torch.long)
     if batch and (int(host.min()) < 0 or int(host.max()) > steps):
         raise InputError(
             f"lengths must lie between 0 and T = {steps}; got {int(host.min())} to {int(host.max())}. "

@@ -6,7 +6,9 @@ are given; torch.nn's own cells, whose output is their state, are taken as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,11 +16,24 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
-from .errors import CellError, StateError
+from .errors import CellError, InputError, StateError, UsageError
 from .recording import recorder
 from .types import Pytree
 
-__all__ = ["Protocol", "Tree", "initial_state"]
+__all__ = [
+    "MACHINE",
+    "MISTAKES",
+    "Protocol",
+    "Tree",
+    "from_torch",
+    "initial_state",
+    "kind",
+    "output_of",
+    "place",
+    "start",
+    "takes",
+    "written",
+]
 
 
 class _Word(str):
@@ -28,6 +43,11 @@ class _Word(str):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def kind(leaf: Tensor) -> str:
+    """``(2, 4) float32``"""
+    return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
 
 
 class Tree:
@@ -52,9 +72,10 @@ class Tree:
         tensors = iter(leaves)
         return pytree.tree_unflatten([next(tensors) if o is None else o[0] for o in self.others], self.spec)
 
-    def described(self) -> str:
-        """``(tensor, tensor)``"""
-        return repr(self.rebuild([_Word("tensor")] * len(self.leaves)))
+    def described(self, leaves: list[Tensor] | None = None) -> str:
+        """``(tensor, tensor)``, or with those leaves ``((2, 4) float32, (2, 4) float32)``"""
+        words = ["tensor"] * len(self.leaves) if leaves is None else [kind(leaf) for leaf in leaves]
+        return repr(self.rebuild([_Word(word) for word in words]))
 
     @property
     def structure(self) -> Any:
@@ -62,8 +83,10 @@ class Tree:
         return None if self.spec is None else (repr(self.spec), repr(self.others))
 
 
-def initial_state(cell: nn.Module, batch: int, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """The state that a cell starts from. Raises CellError when it does not say."""
+def initial_state(
+    cell: nn.Module, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None
+) -> Any:
+    """The state that a cell starts from, given the constants if it asks for them. CellError when it does not say."""
     make = _TORCH_CELLS.get(type(cell))
     if make is not None:
         return make(cell, batch, device=device, dtype=dtype)
@@ -73,85 +96,172 @@ def initial_state(cell: nn.Module, batch: int, *, device: torch.device, dtype: t
             f"{type(cell).__name__} has no initial_state(batch, *, device, dtype), and no state was given. "
             "Add the method, or pass state= to scan."
         )
-    return own(batch, device=device, dtype=dtype)
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    if constants is not None and _takes_constants(type(cell)):
+        options["constants"] = constants
+    try:
+        return own(batch, **options)
+    except TypeError as error:
+        if takes(own, batch, **options):
+            raise
+        raise CellError(
+            f"{type(cell).__name__}.initial_state{written(own)} cannot be called as initial_state(batch, device=…, "
+            f"dtype=…): {error}. Write it as def initial_state(self, batch, *, device, dtype)."
+        ) from error
+
+
+def start(
+    cell: nn.Module, xs: list[Tensor], batch: int, parameters: Iterable[Tensor] | None = None, constants: Pytree = None
+) -> Any:
+    """The cell's own initial state, in the type of its parameters, on the device of xs."""
+    sources = (*(cell.parameters() if parameters is None else parameters), *xs)
+    dtype = next((leaf.dtype for leaf in sources if leaf.is_floating_point()), torch.get_default_dtype())
+    return initial_state(cell, batch, device=xs[0].device, dtype=dtype, constants=constants)
+
+
+def place(method: Any) -> str:
+    """``cell.py:12``: where a method stands; nothing for one that is PyTorch's own, or not Python."""
+    code = getattr(getattr(method, "__func__", method), "__code__", None)
+    if code is None or from_torch(code.co_filename):
+        return ""
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def written(method: Any) -> str:
+    """`` (cell.py:12)``"""
+    return f" ({place(method)})" if place(method) else ""
+
+
+def from_torch(filename: str) -> bool:
+    return "/torch/" in filename.replace("\\", "/")
+
+
+def takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called so, whatever it does then."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=256)
+def _takes_constants(kind: type) -> bool:
+    """Whether a cell's first state may depend on the constants."""
+    return "constants" in inspect.signature(kind.initial_state).parameters  # type: ignore[attr-defined]
+
+
+def output_of(cell: nn.Module, result: Any) -> Any:
+    """The pair (y, state) in what a cell's step returned: torch.nn's own cells return their state alone."""
+    if type(cell) not in _TORCH_CELLS:
+        return result
+    return result[0] if isinstance(result, tuple) else result, result
 
 
 class Protocol:
-    """A cell and the structures of what goes in; ``step`` makes it a function of flat lists."""
+    """A cell and the structures of what goes in; ``step`` makes it a function of flat lists.
+
+    Masks that are drawn once for the call (see ``drawn``) go in besides: ``masks`` that all sequences share, by the
+    names of their buffers, and one for each sequence in the buffers ``drawn``, the last leaves of the constants.
+    """
 
     def __init__(self, cell: nn.Module, xs: Tree, state: Tree, constants: Tree | None, record: bool) -> None:
         self.cell, self.xs, self.state, self.constants, self.record = cell, xs, state, constants, record
+        self.masks: dict[str, Tensor] = {}
+        self.drawn: tuple[str, ...] = ()
         self.y: Tree | None = None
 
-    def step(self, parameters: dict[str, Tensor] | None, replaced: list[str] | None = None) -> Callable[..., Any]:
-        """``(xs, state, constants) -> (ys, next state, recorded)``; afterwards ``y`` knows the structure of the output.
-
-        Names of buffers that the step assigned anew are added to ``replaced``.
-        """
-        cell, plain = self.cell, type(self.cell) in _TORCH_CELLS
+    def step(self, parameters: dict[str, Tensor] | None) -> Callable[..., Any]:
+        """``(xs, state, constants) -> (ys, next state, recorded)``; afterwards ``y`` knows the structure of ys."""
+        cell = self.cell
 
         def one(xs: list[Tensor], state: list[Tensor], constants: list[Tensor]) -> Any:
             args = [self.xs.rebuild(xs), self.state.rebuild(state)]
             if self.constants is not None:
                 args.append(self.constants.rebuild(constants))
+            inside = parameters
+            if self.masks or self.drawn:
+                mine = constants[len(constants) - len(self.drawn) :]
+                inside = {**(parameters or {}), **self.masks, **dict(zip(self.drawn, mine, strict=True))}
             with recorder(self.record) as recorded:
-                if parameters is None:
+                if inside is None:
                     result = cell(*args)
                 else:
-                    with _reparametrize_module(cell, parameters, tie_weights=True):
+                    with _reparametrize_module(cell, inside, tie_weights=True):
                         result = cell(*args)
-                        if replaced is not None:
-                            replaced.extend(n for n, b in cell.named_buffers() if b is not parameters.get(n))
-            y, new = (_output(result), result) if plain else self._pair(result)
+            y, new = self._pair(output_of(cell, result))
             self.y = Tree(y)
+            if self.y.others:
+                self._only_tensors(self.y)
             for i, leaf in enumerate(self.y.leaves):
                 if leaf.dim() == 0 or leaf.shape[0] != xs[0].shape[0]:
                     raise CellError(
-                        f"{type(cell).__name__} returns a y whose leaf {i} does not start with the batch dimension: "
-                        f"{tuple(leaf.shape)}. Every leaf of y must be (B, …)."
+                        f"{self.forward} returns a y whose leaf {i} does not start with the batch dimension: "
+                        f"{tuple(leaf.shape)}. Every leaf of y must be (B, …), here with B = {xs[0].shape[0]}."
                     )
             return self.y.leaves, self._carry(Tree(new), state), dict(recorded)
 
         return one
 
+    @property
+    def forward(self) -> str:
+        """``MyCell.forward (cell.py:12)``"""
+        return f"{type(self.cell).__name__}.forward{written(self.cell.forward)}"
+
     def _pair(self, result: Any) -> tuple[Any, Any]:
         if not isinstance(result, tuple) or len(result) != 2:
             given = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
             raise CellError(
-                f"{type(self.cell).__name__}.forward must return a pair (y, state); got {given}. "
+                f"{self.forward} must return a pair (y, state); got {given}. "
                 "A step that has no output of its own returns its state twice."
             )
         return result
 
+    def _only_tensors(self, y: Tree) -> None:
+        for other in y.others:
+            if other is not None and other[0] is not None:
+                raise CellError(
+                    f"{self.forward} returns a y that holds a {type(other[0]).__name__}. Every leaf of y must be a "
+                    "tensor (B, …); a number that is the same at every step is no output of the scan."
+                )
+
     def _carry(self, new: Tree, old: list[Tensor]) -> list[Tensor]:
         """The next state, checked against the one that came in."""
-        name = type(self.cell).__name__
         if new.structure != self.state.structure or len(new.leaves) != len(old):
             raise StateError(
-                f"{name} returned a state of another structure (tuple, list or dict) than it was given: "
-                f"{new.described()} instead of {self.state.described()}."
+                f"{self.forward} returned a state of another structure (tuple, list or dict) than it was given: "
+                f"{new.described()} instead of {self.state.described()}. What state= or initial_state gives and what "
+                "forward returns must be built alike."
             )
         carried = []
         for i, (after, before) in enumerate(zip(new.leaves, old, strict=True)):
             if after.shape != before.shape:
                 raise StateError(
-                    f"{name} changes the shape of its state: leaf {i} was {tuple(before.shape)} and became "
-                    f"{tuple(after.shape)}. A state must keep its shape from step to step."
+                    f"{self.forward} changes the shape of its state: leaf {i} was {tuple(before.shape)} and became "
+                    f"{tuple(after.shape)}. A state must keep its shape from step to step: correct forward, or what "
+                    "state= or initial_state gives."
                 )
             if after.dtype != before.dtype:
                 # Under autocast a step computes in a narrow type; what it carries keeps the type it was given.
                 if not (torch.is_autocast_enabled(before.device.type) and after.is_floating_point()):
-                    raise StateError(
-                        f"{name} changes the type of its state: leaf {i} was {before.dtype} and became "
-                        f"{after.dtype}. Give the initial state and xs the type of the parameters."
-                    )
+                    raise self._type_changed(i, before, after)
                 after = after.to(before.dtype)
             carried.append(after)
         return carried
 
-
-def _output(state: Any) -> Tensor:
-    return state[0] if isinstance(state, tuple) else state
+    def _type_changed(self, i: int, before: Tensor, after: Tensor) -> UsageError:
+        own = {p.dtype for p in self.cell.parameters() if p.is_floating_point()}
+        foreign = {x.dtype for x in self.xs.leaves if x.is_floating_point()} - own
+        if before.dtype in own and after.dtype in foreign:  # the state is what it should be: x made it another
+            return InputError(
+                f"xs are {after.dtype} and the parameters of {type(self.cell).__name__} {before.dtype}, so "
+                f"{self.forward} turns its state into {after.dtype}. Convert one of them: xs.to({before.dtype}), or "
+                f"cell.to({after.dtype})."
+            )
+        return StateError(
+            f"{self.forward} changes the type of its state: leaf {i} was {before.dtype} and became {after.dtype}. "
+            "Give xs and what state= or initial_state gives the type of the parameters."
+        )
 
 
 def _one_state(cell: Any, batch: int, **options: Any) -> Tensor:
@@ -168,3 +278,8 @@ _TORCH_CELLS: dict[type, Callable[..., Any]] = {
     nn.GRUCell: _one_state,
     nn.LSTMCell: _two_states,
 }
+
+
+# What a step may raise when something that it is given does not fit. Where the machine is the cause, no input is.
+MISTAKES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+MACHINE = (torch.OutOfMemoryError, torch.AcceleratorError)

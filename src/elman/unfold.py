@@ -13,8 +13,8 @@ from torch.autograd import forward_ad as fwAD
 from torch.utils import _pytree as pytree
 
 from .compiler import reference
-from .compiler.lock import tracing
 from .compiler.reference import apart
+from .drawn import drawn_for
 from .errors import (
     CellError,
     ForwardModeError,
@@ -24,9 +24,10 @@ from .errors import (
     StateError,
     UnfoldError,
     UnfoldWarning,
+    UsageError,
 )
 from .packing import Rows, rows_of
-from .protocol import Protocol, Tree, initial_state
+from .protocol import MACHINE, MISTAKES, Protocol, Tree, start, written
 from .types import Pytree, State
 
 if TYPE_CHECKING:
@@ -119,11 +120,12 @@ def scan(
     in_graph_lengths = None
     if lengths is not None and torch.compiler.is_compiling():  # their values are not known while compiling
         in_graph_lengths, lengths = torch.as_tensor(lengths), None
-    rows = rows_of(steps, batch, lengths)
+    rows = rows_of(steps, batch, lengths, leaves[0].device)
     packed = [rows.pack(_widen(leaf, steps, batch)) for leaf in leaves]
-    if state is None and rows.order is not None:  # made in the caller's order, then sorted
-        state = _start(cell, leaves, batch, None)
     if rows.order is not None:
+        if state is None:  # made in the caller's order, then sorted
+            state = _start(cell, leaves, batch, None, constants)
+        _check_batch(Tree(state).leaves, Tree(constants).leaves, batch)
         state = pytree.tree_map_only(Tensor, rows.sort, state)
         constants = pytree.tree_map_only(Tensor, rows.sort, constants)
     ys, final, *recording = unfold(
@@ -182,7 +184,7 @@ def unfold(
         raise OptionError(f"remat must be None, 'auto' or a positive number of steps; got {remat!r}.")
     given = None if parameters is None else dict(parameters)
     protocol, constant_leaves = prepare(cell, rows, xs, state, constants, record, given)
-    own = given if given is not None else _tensors_of(cell)
+    own = {**(given if given is not None else _tensors_of(cell)), **protocol.masks}
     tensors = [*protocol.xs.leaves, *protocol.state.leaves, *constant_leaves, *own.values()]
     if _lengths is None and _runs_reference(backend, rows, tensors):
         return _by_reference(protocol, rows, constant_leaves, given, reverse)
@@ -197,19 +199,37 @@ def unfold(
     try:
         program = program_of(protocol, signature)
         return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat)
-    except CellError:
-        _by_reference(protocol, rows, constant_leaves, given, reverse)  # says it with the sizes that the user knows
-        raise
-    except UnfoldError as error:
-        wrong = isinstance(error, MixedRowsError) and not rows.uniform
-        if error.__cause__ is None and (backend != "auto" or wrong):
-            raise
-        result = _by_reference(protocol, rows, constant_leaves, given, reverse)  # a step that is wrong raises here
-        if backend != "auto" or wrong:
-            raise
-        remember(protocol, signature, error)
-        _warn_once(cell, error)
+    except (UsageError, UnfoldError, RuntimeError, IndexError) as error:
+        failed = error  # handled outside: what the user's step raises shall not have this as its context
+    try:
+        result = _instead(failed, protocol, rows, constant_leaves, given, reverse, backend)
+        assert isinstance(failed, UnfoldError)  # anything else was raised again
+        remember(protocol, signature, failed)
+        _warn_once(protocol, failed)
         return result
+    finally:
+        del failed  # its traceback holds this frame
+
+
+def _instead(
+    failed: UsageError | UnfoldError | RuntimeError | IndexError,
+    protocol: Protocol,
+    rows: Rows,
+    constants: list[Tensor],
+    parameters: dict[str, Tensor] | None,
+    reverse: bool,
+    backend: str,
+) -> Any:
+    """The plain loop, where no program ran; a mistake of the user's is raised there, with sizes that the user knows."""
+    final = not isinstance(failed, UnfoldError) or backend != "auto"
+    final = final or (isinstance(failed, MixedRowsError) and not rows.uniform)
+    if final and (isinstance(failed, MACHINE) or (isinstance(failed, UnfoldError) and failed.__cause__ is None)):
+        raise failed
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not final):
+        result = _by_reference(protocol, rows, constants, parameters, reverse)
+    if final:
+        raise failed
+    return result
 
 
 def prepare(
@@ -227,22 +247,36 @@ def prepare(
     x_tree = Tree(xs)
     c_tree = None if constants is None else Tree(constants)
     if state is None:
-        state = _start(cell, x_tree.leaves, rows.batch, parameters)
+        state = _start(cell, x_tree.leaves, rows.batch, parameters, constants)
     s_tree = Tree(state)
-    for leaf in s_tree.leaves:
-        if leaf.dim() == 0 or leaf.shape[0] != rows.batch:
-            raise StateError(_wrong_batch("state", leaf, rows.batch))
-    for leaf in c_tree.leaves if c_tree else ():
-        if leaf.dim() == 0 or leaf.shape[0] != rows.batch:
-            raise InputError(_wrong_batch("constants", leaf, rows.batch))
-    return Protocol(cell, x_tree, s_tree, c_tree, record), c_tree.leaves if c_tree else []
+    constant_leaves = c_tree.leaves if c_tree else []
+    _check_batch(s_tree.leaves, constant_leaves, rows.batch)
+    protocol = Protocol(cell, x_tree, s_tree, c_tree, record)
+    names = [name for name, _ in cell.named_buffers()] if parameters is None else list(parameters)
+    like = next((leaf for leaf in (*s_tree.leaves, *x_tree.leaves) if leaf.is_floating_point()), None)
+    each, protocol.masks = drawn_for(cell, names, rows.batch, x_tree.leaves[0] if like is None else like)
+    protocol.drawn = tuple(each)
+    return protocol, [*constant_leaves, *each.values()]
 
 
-def _start(cell: nn.Module, xs: list[Tensor], batch: int, parameters: dict[str, Tensor] | None) -> State:
-    """The cell's own initial state, in the type of its parameters."""
-    sources = (*(cell.parameters() if parameters is None else parameters.values()), *xs)
-    dtype = next((leaf.dtype for leaf in sources if leaf.is_floating_point()), torch.get_default_dtype())
-    return initial_state(cell, batch, device=xs[0].device, dtype=dtype)
+def _start(
+    cell: nn.Module, xs: list[Tensor], batch: int, parameters: dict[str, Tensor] | None, constants: Pytree
+) -> State:
+    """The cell's own initial state, checked."""
+    state = start(cell, xs, batch, None if parameters is None else parameters.values(), constants)
+    _check_batch(Tree(state).leaves, [], batch, cell)
+    return state
+
+
+def _check_batch(state: list[Tensor], constants: list[Tensor], batch: int, made_by: nn.Module | None = None) -> None:
+    for leaf in state:
+        if leaf.dim() == 0 or leaf.shape[0] != batch:
+            own = getattr(made_by, "initial_state", None)
+            made = f"what {type(made_by).__name__}.initial_state{written(own)} returned"
+            raise StateError(_wrong_batch("state" if made_by is None else made, leaf, batch))
+    for leaf in constants:
+        if leaf.dim() == 0 or leaf.shape[0] != batch:
+            raise InputError(_wrong_batch("constants", leaf, batch))
 
 
 def _wrong_batch(what: str, leaf: Tensor, batch: int) -> str:
@@ -250,10 +284,7 @@ def _wrong_batch(what: str, leaf: Tensor, batch: int) -> str:
 
 
 def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:
-    if torch.compiler.is_compiling():
-        return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
-    with tracing():  # while another thread traces this cell, other tensors stand in for its own
-        return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
+    return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
 
 
 def _runs_reference(backend: str, rows: Rows, tensors: list[Tensor]) -> bool:
@@ -302,13 +333,26 @@ def _by_reference(
     names: list[str] = []
 
     def one(xs: list[Tensor], state: list[Tensor], here: list[Tensor]) -> Any:
-        ys, new, recorded = step(xs, state, here)
+        try:
+            ys, new, recorded = step(xs, state, here)
+        except MISTAKES as error:
+            if torch.compiler.is_compiling():
+                raise
+            from .compiler.mistakes import mistake
+
+            roles = _roles(protocol, [xs, state, here], parameters)
+            wrong = mistake(protocol, error, lambda: step(xs, state, here), roles, (rows.steps, rows.batch))
+            if wrong is None:
+                raise
+            raise wrong from error
         names[:] = list(recorded)
         if protocol.record:  # a state that is handed through must be told apart from what it was
             given = {id(leaf) for leaf in (*xs, *state)}
             new = [s.view_as(s) if id(s) in given else s for s in new]
         return [*ys, *recorded.values()], new
 
+    if _without_features(protocol.xs.leaves) and not torch.compiler.is_compiling():
+        one = _watched(one, protocol, rows, parameters)
     outs, final, after = reference.unfold(one, rows, protocol.xs.leaves, protocol.state.leaves, constants, reverse)
     assert protocol.y is not None
     if rows.steps == 1:  # nothing was put together, so ys and state may be one tensor, or an input
@@ -322,6 +366,27 @@ def _by_reference(
     handles = [list(leaves) for leaves in zip(*after, strict=True)]
     values = dict(zip(names, outs[count:], strict=True))
     return (*result, _recording(protocol, rows, values, [torch.cat(leaves) for leaves in handles], handles))
+
+
+def _without_features(leaves: list[Tensor]) -> bool:
+    """Whether some packed leaf of xs may be (T, D) given for (T, B, D): a number for each row, no symbol."""
+    return any(leaf.dim() == 1 and leaf.is_floating_point() for leaf in leaves)
+
+
+def _watched(one: Any, protocol: Protocol, rows: Rows, parameters: dict[str, Tensor] | None) -> Any:
+    """The step, which in its first call must not take (T, B) for (T, D)."""
+    from .compiler.mistakes import Operands
+
+    seen: list[bool] = []
+
+    def first(*leaves: list[Tensor]) -> Any:
+        if seen:
+            return one(*leaves)
+        seen.append(True)
+        with Operands(protocol, _roles(protocol, [*leaves], parameters), (rows.steps, rows.batch)):
+            return one(*leaves)
+
+    return first
 
 
 def _by_program(
@@ -347,6 +412,13 @@ def _by_program(
     return (*result, _recording(protocol, rows, values, states, [[h] for h in handles]))
 
 
+def _roles(
+    protocol: Protocol, leaves: list[list[Tensor]], parameters: dict[str, Tensor] | None
+) -> dict[str, list[Tensor]]:
+    own = _tensors_of(protocol.cell) if parameters is None else parameters
+    return {**dict(zip(("x", "state", "constants"), leaves, strict=True)), "weight": list(own.values())}
+
+
 def _perturbations(rows: Rows, state: list[Tensor]) -> list[Tensor]:
     """A zero for every state at every step: what is added to a state has its total adjoint as gradient."""
     found = []
@@ -367,8 +439,10 @@ def _recording(
 _warned: set[str] = set()
 
 
-def _warn_once(cell: nn.Module, error: UnfoldError) -> None:
-    text = f"{type(cell).__name__} runs on the plain loop (backend 'reference'): {error}"
+def _warn_once(protocol: Protocol, error: Exception) -> None:
+    text = f"{type(protocol.cell).__name__} runs on the plain loop (backend 'reference'): {error}"
+    if _without_features(protocol.xs.leaves):
+        text += " Note that xs without features are (T, B); (T, D) needs its batch dimension, xs.unsqueeze(1)."
     if text not in _warned:
         _warned.add(text)
         warnings.warn(text, UnfoldWarning, stacklevel=4)

@@ -481,6 +481,16 @@ def test_anomaly_mode() -> None:
         elman.scan(cell, xs, backend="interpret")[0].sum().backward()
 
 
+def test_chunks_after_the_longest_sequence_are_not_run() -> None:
+    cell = zoo("Heads")  # reshapes to (B, 2, −1), which no rows can be
+    given = inputs(cell, 5, 3)
+    found = []
+    for backend, remat in (("interpret", 2), ("reference", None)):
+        y, _ = elman.scan(cell, given["xs"], given["state"], lengths=[4, 4, 1], remat=remat, backend=backend)
+        found.append((y, torch.autograd.grad((y**2).sum(), [given["xs"], *cell.parameters()])))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
 def test_remat_saves_memory() -> None:
     """What the graph holds between forward and backward."""
     cell = zoo("lstm")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import ForwardModeError
 from ..packing import Rows
-from . import reference
+from . import graphed, reference
 from .compiled import Compiled, Differentiated
+from .interpret import Runner
 from .reference import apart
 from .step import batch_multiple
 
@@ -43,14 +44,22 @@ class Call:
         return not self.rows.uniform
 
     def pieces(self, size: int | None = None) -> list[tuple[Rows, slice]]:
-        """Chunks of time of that many steps, in the order in which they run, with the packed rows of each."""
+        """Chunks of time of that many steps, in the order in which they run, with the packed rows of each.
+
+        Those after the end of the longest sequence have no rows, and nothing to run.
+        """
         rows, size = self.rows, size or self.rows.steps
         edges = list(range(0, rows.steps, max(size, 1))) or [0]
         found = []
         for first in edges:
             last = min(first + size, rows.steps)
             found.append((rows.chunk(first, last), slice(rows.offsets[first], rows.offsets[last])))
+        found = [piece for piece in found if piece[0].total] or found[:1]
         return found[::-1] if self.reverse else found
+
+    def play(self, runner: Runner, rows: Rows, reverse: bool, *parts: list[Tensor]) -> Any:
+        """Run generated code over some of the rows."""
+        return graphed.run(runner, self.device, rows, reverse, *parts)
 
 
 def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -71,21 +80,24 @@ def _run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:
     """All chunks forward. Returns (ys, final, kept, states at the start of every chunk)."""
     xs, state, weights, draws = parts
     whole = rule is not None and call.chunk is None
-    run_chunk = rule.runners(call.ragged)[0] if whole else call.compiled.forward(call.ragged)  # type: ignore[union-attr]
-    pieces = call.pieces(call.chunk)
+
+    def runner(rows: Rows) -> Runner:
+        return rule.runners(not rows.uniform)[0] if whole else call.compiled.forward(not rows.uniform)  # type: ignore[union-attr]
+
+    size = call.chunk or graphed.steps_of_piece(runner(call.rows), call.device, call.rows.batch)
+    pieces = call.pieces(size)
     if len(pieces) == 1:
-        return (*run_chunk(call.rows, call.reverse, xs, state, weights, draws)[:3], [state])
+        return (*call.play(runner(call.rows), call.rows, call.reverse, xs, state, weights, draws)[:3], [state])
     starts, results = [], []
     for rows, here in pieces:
         starts.append(state)
-        ys, state, kept, _ = run_chunk(
-            rows, call.reverse, [x[here] for x in xs], state, weights, [d[here] for d in draws]
-        )
+        given = [x[here] for x in xs], state, weights, [d[here] for d in draws]
+        ys, state, kept, _ = call.play(runner(rows), rows, call.reverse, *given)
         results.append((ys, kept))
     order = results[::-1] if call.reverse else results
     ys = [torch.cat(leaves) for leaves in zip(*(r[0] for r in order), strict=True)]
     kept = {name: torch.cat([r[1][name] for r in order]) for name in order[0][1]}
-    return ys, state, kept, starts
+    return ys, state, kept, starts if call.chunk else starts[:1]
 
 
 class Unfold(torch.autograd.Function):
@@ -143,28 +155,29 @@ def _run_backward(
 ) -> list[Tensor | None]:
     xs, state, weights, draws = call.parts(tensors)
     step, derivative = call.compiled.step, rule.rule
-    forward, adjoint = rule.runners(call.ragged)
     n_ys, n_state = len(step.ys), len(step.next)
     g_ys = [grads[i] for i in derivative.floating]
     carried = [i for i, s in enumerate(state) if s.is_floating_point()]
     g_state: list[Any] = [grads[n_ys + i] for i in carried]
     # In pieces even where nothing is computed again: what a piece leaves for its products with the weights is still in
     # the cache, and goes before the next one takes as much memory.
-    pieces = call.pieces(call.chunk or max(_PIECE // max(call.rows.batch, 1), 16))
+    recorded = graphed.steps_of_piece(rule.runners(call.ragged)[1], call.device, call.rows.batch)
+    pieces = call.pieces(call.chunk or recorded or max(_PIECE // max(call.rows.batch, 1), 16))
     begun = [list(state), *(list(starts[i * n_state : (i + 1) * n_state]) for i in range(len(pieces) - 1))]
     whole = dict(zip((name for kind, name in derivative.reads if kind == "kept"), extra, strict=not call.chunk))
     g_xs: list[list[Any]] = []
     sums: dict[int, Tensor] = {}
     for (rows, here), start in reversed(list(zip(pieces, begun, strict=True))):
+        forward, adjoint = rule.runners(not rows.uniform)
         x_here, d_here = [x[here] for x in xs], [d[here] for d in draws]
         if call.chunk:
-            kept = forward(rows, call.reverse, x_here, start, weights, d_here)[2]
+            kept = call.play(forward, rows, call.reverse, x_here, start, weights, d_here)[2]
         else:
             kept = {name: value[here] for name, value in whole.items()}
         source: dict[str, Any] = {"xs": x_here, "draws": d_here, "kept": kept}
         read = [source[kind][at] for kind, at in derivative.reads]
         read += [g[here] for g in g_ys]  # type: ignore[index]
-        back, g_state, _, total = adjoint(rows, not call.reverse, read, g_state, weights, [])
+        back, g_state, _, total = call.play(adjoint, rows, not call.reverse, read, g_state, weights, [])
         g_xs.append(back)
         for w, g in total.items():
             sums[w] = sums[w] + g if w in sums else g

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ..errors import MixedRowsError, MutationError, UnfoldError
+from ..errors import MixedRowsError, MutationError, UnfoldError, UnsupportedError
 from ..protocol import Protocol
 from .compiled import Compiled
-from .key import MODULE_INTERNALS, ambient, fingerprint
+from .key import ambient, fingerprint, forget_classes
 from .lock import tracing
 from .step import Leaf, user_line
 from .trace import perturb, trace
+from .twins import Twins
 
 __all__ = ["Signature", "forget", "program_of", "remember"]
 
@@ -56,20 +58,40 @@ def program_of(protocol: Protocol, signature: Signature) -> Compiled:
     found = _programs.get(key)
     if found is None:
         with tracing():
+            key = _key(protocol, signature)
             found = _programs.get(key)
             if found is None:
-                try:
-                    found = _trace(protocol, signature)
-                except UnfoldError as error:
-                    if error.__cause__ is not None:  # perhaps a mistake in the step: see remember
-                        raise
-                    found = error.with_traceback(None)
+                key, found = _traced(protocol, signature)
                 _programs[key] = found
                 while len(_programs) > _MOST:
                     del _programs[next(iter(_programs))]
     if isinstance(found, UnfoldError):
         raise type(found)(*found.args) from found.__cause__  # raised itself, it would keep the caller's frames
     return found
+
+
+def _traced(protocol: Protocol, signature: Signature) -> tuple[Any, Compiled | UnfoldError]:
+    """The program and its key, or why there is none."""
+    for _ in range(2):
+        key, found = _key(protocol, signature), _attempted(protocol, signature)
+        if _key(protocol, signature) == key:
+            break
+    else:  # the first time it may have been another thread
+        text = (
+            "the step changes a global name, a closure or an attribute of a class that it reads, which one traced "
+            "program cannot follow. Carry it as a tensor in the state, or count outside the step."
+        )
+        return key, MutationError(text)
+    if isinstance(found, UnfoldError) and found.__cause__ is not None:  # perhaps a mistake in the step: see remember
+        raise found
+    return key, found
+
+
+def _attempted(protocol: Protocol, signature: Signature) -> Compiled | UnfoldError:
+    try:
+        return _trace(protocol, signature)
+    except UnfoldError as error:
+        return error if error.__cause__ is not None else error.with_traceback(None)
 
 
 def remember(protocol: Protocol, signature: Signature, error: UnfoldError) -> None:
@@ -94,21 +116,20 @@ def _key(protocol: Protocol, signature: Signature) -> Any:
 def _trace(protocol: Protocol, signature: Signature) -> Compiled:
     count = len(signature.names)
     names: list[str] = []
+    cell = protocol.cell
+    own = dict((*cell.named_parameters(remove_duplicate=False), *cell.named_buffers(remove_duplicate=False)))
+    places = [id(own[name]) for name in (*signature.names, *protocol.drawn)]
+    last = len(signature.constants) - len(protocol.drawn)
 
     def function(xs: list[Tensor], state: list[Tensor], weights: list[Tensor]) -> Any:
-        parameters = dict(zip(signature.names, weights, strict=False))
-        replaced: list[str] = []
-        with _Untouched(protocol.cell):
-            ys, new, recorded = protocol.step(parameters, replaced)(xs, state, weights[count:])
-            names[:] = recorded
-        if replaced:
-            raise MutationError(
-                f"the step assigns its buffer {replaced[0]!r} anew, which one traced program cannot follow. Return "
-                "the new value as part of the state instead."
-            )
+        twins = Twins(dict(zip(places, [*weights[:count], *weights[count + last :]], strict=True)))
+        twin = Protocol(twins.of(cell), protocol.xs, protocol.state, protocol.constants, protocol.record)
+        with _unchanged(twin.cell, twins), _Apart(frozenset(places)):
+            ys, new, recorded = twin.step(None)(xs, state, weights[count : count + last])
+        protocol.y, names[:] = twin.y, recorded
         return [*ys, *recorded.values(), *(new if protocol.record else [])], new
 
-    with torch.inference_mode(False), _batch_norm_refused(protocol.cell):
+    with torch.inference_mode(False):
         step = trace(function, signature.xs, signature.state, [*signature.parameters, *signature.constants])
     if protocol.record:
         perturb(step)
@@ -117,25 +138,68 @@ def _trace(protocol: Protocol, signature: Signature) -> Compiled:
     return Compiled(step, protocol.y, tuple(names))
 
 
+class _Apart(TorchFunctionMode):
+    """Refuses the module's own tensors inside a step that is traced on a twin of it, with others in their place."""
+
+    def __init__(self, own: frozenset[int]) -> None:
+        super().__init__()
+        self.own = own
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in (*args, *(kwargs or {}).values()):
+            for leaf in given if isinstance(given, (list, tuple)) else (given,):
+                if id(leaf) in self.own:
+                    raise UnsupportedError(
+                        "the step reaches a tensor of its module by another way than through self (a global name, "
+                        f"an object that cannot be copied), at {user_line(''.join(traceback.format_stack()))}. Read it "
+                        "from self, or pass it through constants=."
+                    )
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_batch_norm(part: nn.Module, _: Any) -> None:
+    line = user_line("".join(traceback.format_stack()))
+    raise MixedRowsError(
+        f"{type(part).__name__} takes its statistics over the rows of the batch, at {line}. Sequences must be "
+        "independent: use LayerNorm, or put the cell into eval mode with running statistics."
+    )
+
+
 @contextmanager
-def _batch_norm_refused(cell: nn.Module) -> Iterator[None]:
-    """A batch norm that takes statistics of its rows says so itself when the step comes to it."""
-
-    def refuse(part: nn.Module, _: Any) -> None:
-        line = user_line("".join(traceback.format_stack()))
-        raise MixedRowsError(
-            f"{type(part).__name__} takes its statistics over the rows of the batch, at {line}. Sequences must be "
-            "independent: use LayerNorm, or put the cell into eval mode with running statistics."
-        )
-
-    norms = [part for part in cell.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
-    mixing = [part for part in norms if part.training or not part.track_running_stats]
-    hooks = [part.register_forward_pre_hook(refuse) for part in mixing]
+def _unchanged(cell: nn.Module, twins: Twins) -> Iterator[None]:
+    """Raises MutationError when the step, run on a twin of its module, changes Python state or assigns a buffer."""
+    for part in cell.modules():
+        batch_norm = isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+        if batch_norm and (part.training or not part.track_running_stats):
+            part.register_forward_pre_hook(_refuse_batch_norm)
+    buffers = dict(cell.named_buffers(remove_duplicate=False))
+    before = fingerprint(cell, code=False)
     try:
         yield
+        after = fingerprint(cell, code=False)
     finally:
-        for hook in hooks:
-            hook.remove()
+        twins.put_back()
+    if after != before:
+        raise MutationError(
+            f"the step changes Python state of its module ({_difference(before, after)}), which one traced program "
+            "cannot follow. Carry it as a tensor in the state, or count outside the step."
+        )
+    for name, buffer in cell.named_buffers(remove_duplicate=False):
+        if buffer is not buffers.get(name):
+            raise MutationError(
+                f"the step assigns its buffer {name!r} anew, which one traced program cannot follow. Return the new "
+                "value as part of the state instead."
+            )
+
+
+def _difference(before: Any, after: Any) -> str:
+    """The attributes that differ between two fingerprints."""
+    for was, now in zip(before, after, strict=False):
+        names = [pair[0] for pair in now if pair not in was and isinstance(pair, tuple)]
+        names = names or [pair[0] for pair in was if pair not in now and isinstance(pair, tuple)]
+        if names:
+            return ", ".join(f"{now[0].__name__}.{name}" for name in names)
+    return "inside an object"
 
 
 def _give_names(step: Any, signature: Signature) -> None:
@@ -149,55 +213,8 @@ def _give_names(step: Any, signature: Signature) -> None:
         node._rename(name)
 
 
-class _Untouched:
-    """Tracing must leave the module as it was. Raises MutationError when the step changes Python state."""
-
-    def __init__(self, cell: nn.Module) -> None:
-        self.cell = cell
-
-    def __enter__(self) -> None:
-        self.before = {part: dict(part.__dict__) for part in self.cell.modules()}
-        own = (v for attributes in self.before.values() for k, v in attributes.items() if k not in MODULE_INTERNALS)
-        self.contents: list[tuple[Any, Any]] = []
-        for value in own:
-            self._remember(value)
-        self.key = fingerprint(self.cell)
-
-    def _remember(self, value: Any) -> None:
-        if isinstance(value, (list, dict, set)):
-            self.contents.append((value, value.copy()))
-            for inner in value.values() if isinstance(value, dict) else value:
-                self._remember(inner)
-
-    def __exit__(self, kind: Any, value: Any, stack: Any) -> None:
-        changed = kind is None and fingerprint(self.cell) != self.key
-        names = []
-        for part, attributes in self.before.items():
-            now = part.__dict__
-            touched = [k for k in now if k not in attributes or attributes[k] is not now[k]]
-            touched += [k for k, v in attributes.items() if any(v is c and c != was for c, was in self.contents)]
-            names += [f"{type(part).__name__}.{k}" for k in touched]
-            if touched:
-                now.clear()
-                now.update(attributes)
-        for container, was in self.contents:
-            _put_back(container, was)
-        if changed:
-            raise MutationError(
-                f"the step changes Python state of its module ({', '.join(names) or 'inside an object'}), which one "
-                "traced program cannot follow. Carry it as a tensor in the state, or count outside the step."
-            )
-
-
-def _put_back(container: Any, was: Any) -> None:
-    if isinstance(container, list):
-        container[:] = was
-    else:
-        container.clear()
-        container.update(was)
-
-
 def forget() -> None:
     """Drop all programs."""
     with tracing():
         _programs.clear()
+        forget_classes()

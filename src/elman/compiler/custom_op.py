@@ -55,6 +55,7 @@ def in_graph(
         leaves,
         list(parameters),
         [part.training for part in protocol.cell.modules()],
+        protocol.drawn,
     )
     chunk = chunk_length(remat, rows.steps) or 0
     counts = [len(xs.leaves), len(state.leaves), len(parameters)]
@@ -75,7 +76,9 @@ def _skeleton(tree: Tree | None) -> Any:
 
 
 @torch._dynamo.assume_constant_result
-def _number(cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, names: list[str], modes: Any) -> int:
+def _number(
+    cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, names: list[str], modes: Any, drawn: Any
+) -> int:
     """Trace the cell, while Dynamo runs, and give its program a number."""
 
     def tree(skeleton: Any) -> Tree:
@@ -84,6 +87,7 @@ def _number(cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, n
         return made
 
     protocol = Protocol(cell, tree(xs), tree(state), None if constants is None else tree(constants), False)
+    protocol.drawn = tuple(drawn)
     parts = [tuple(Leaf(torch.Size(leaf[0]), *leaf[1:]) for leaf in part) for part in leaves]
     signature = Signature(parts[0], parts[1], parts[2], parts[3], tuple(names))
     program = program_of(protocol, signature)

@@ -23,12 +23,13 @@ from .step import Step, arguments, batch_multiple
 __all__ = ["compile_program", "compile_step"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Runner:
-    """A generated function, with its source."""
+    """A generated function, with its source, and whether it has a loop over the steps."""
 
     function: Callable[..., Any]
     source: str
+    loops: bool = False
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
@@ -42,7 +43,7 @@ def compile_program(program: Program, name: str, ragged: bool) -> Runner:
     """
     source, names = Writer(program, name, ragged).write()
     exec(compile(source, f"<elman {name}>", "exec"), names)
-    return Runner(names[name], source)
+    return Runner(names[name], source, bool(program.loops))
 
 
 class Writer:

@@ -1,4 +1,4 @@
-"""One lock for all tracing: the fake tensors of a step are shared, and PyTorch traces one function at a time."""
+"""One lock for all tracing: PyTorch traces one function at a time. What is compiled already runs without it."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from . import gemm
+from .affine import is_affine, rest, write_chunks
 from .emit import call, out_variant, shape_source
 from .independence import is_varying, rows_of_node
 from .program import Loop
@@ -41,6 +42,8 @@ class LoopWriter:
         self.inside = set(loop.nodes)
         self.next = {self.step.next[i]: i for i in loop.carried}
         self.views: dict[fx.Node, str] = {}  # per-step lists of views
+        self.flat: dict[fx.Node, str] = {}  # what they are views of, where the loop is affine
+        self.affine = not writer.ragged and is_affine(writer.step, loop)
         self.env: dict[fx.Node, str] = {}
         self.stored = self._stored()
         self.parts_of_cat = self._parts_of_cat()
@@ -99,6 +102,10 @@ class LoopWriter:
             name = w.fresh(f"{state.name}_now")
             self.env[state] = name
             line(f"{name} = {w.fixed[state]}" + (".clone()" if w.ragged else ""))
+        if self.affine:
+            write_chunks(self)
+            for node, text in self.flat.items():
+                line(f"{self.views[node]} = {w.names.of(rest, 'rest')}({text}, B, times)")
         line("for t in times:")
         body = len(w.lines)
         self._body()
@@ -119,9 +126,7 @@ class LoopWriter:
             if node in carried:
                 continue
             if is_varying(node):
-                name = w.fresh(f"{node.name}_t")
-                w.line(f"{name} = {w.front(node, w.over_steps(node), 'N')}.split(sizes)")
-                self.views[node] = name
+                self._split(node, w.front(node, w.over_steps(node), "N"))
             else:
                 self.env[node] = w.fixed[node]
 
@@ -207,8 +212,15 @@ class LoopWriter:
         else:
             w.line(f"{name} = empty((N, {sizes}), {options})")
         self.buffers[node] = w.back(node, name) if (dim, k) != (0, 1) else name
-        self.views[node] = w.fresh(f"{node.name}_t")
-        w.line(f"{self.views[node]} = {name}.split(sizes)")
+        self._split(node, name)
+
+    def _split(self, node: fx.Node, text: str) -> None:
+        """One view for each step; those of an affine loop for the steps that its chunks leave over."""
+        self.views[node] = self.w.fresh(f"{node.name}_t")
+        if self.affine:
+            self.flat[node] = text
+        else:
+            self.w.line(f"{self.views[node]} = {text}.split(sizes)")
 
     def _body(self) -> None:
         w, line = self.w, self.w.line
