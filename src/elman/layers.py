@@ -150,7 +150,7 @@ def _padded(layer: _Unfolded, input: Tensor, hx: Any, lengths: Tensor | list[int
     if input.size(time) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     xs = input.transpose(0, 1) if layer.batch_first else input  # (T, B, D)
-    rows = rows_of(xs.size(0), xs.size(1), lengths)
+    rows = rows_of(xs.size(0), xs.size(1), lengths, xs.device)
     ys, final = _unfold_layers(layer, rows.pack(xs), rows, layer.permute_hidden(hx, rows.order))
     ys = rows.unpack(ys)
     if layer.batch_first:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,12 +94,13 @@ class Rows:
     @cached_property
     def sequence(self) -> Tensor:
         """(N,) the sorted sequence that every packed row belongs to."""
-        return torch.cat([torch.arange(size) for size in self.batch_sizes] or [torch.empty(0, dtype=torch.long)])
+        parts = [torch.arange(size, device="cpu") for size in self.batch_sizes]
+        return torch.cat(parts or [torch.empty(0, dtype=torch.long, device="cpu")])
 
     def previous(self, reverse: bool) -> Tensor:
         """(N,) for every packed row, the row of ``cat([states (N, …), initial (B, …)])`` that came before it."""
         rows = self.sequence
-        before = torch.full((self.total,), -1, dtype=torch.long)
+        before = torch.full((self.total,), -1, dtype=torch.long, device="cpu")
         for t, size in enumerate(self.batch_sizes):
             here = slice(self.offsets[t], self.offsets[t] + size)
             source = t + 1 if reverse else t - 1
@@ -106,15 +108,24 @@ class Rows:
             before[here] = self.total + rows[here]
             if running:
                 start = self.offsets[source]
-                before[self.offsets[t] : self.offsets[t] + running] = torch.arange(start, start + running)
+                before[self.offsets[t] : self.offsets[t] + running] = torch.arange(start, start + running, device="cpu")
         return before
 
     def final(self, reverse: bool) -> Tensor:
         """(B,) for every sequence, the row of ``cat([states (N, …), initial (B, …)])`` that came last."""
-        last = torch.arange(self.total, self.total + self.batch)
+        last = torch.arange(self.total, self.total + self.batch, device="cpu")
         for t in reversed(range(self.steps)) if reverse else range(self.steps):
-            last[: self.batch_sizes[t]] = torch.arange(self.offsets[t], self.offsets[t + 1])
+            last[: self.batch_sizes[t]] = torch.arange(self.offsets[t], self.offsets[t + 1], device="cpu")
         return last
+
+    def _on(self, device: torch.device, name: str, *args: bool) -> Tensor:
+        """An index of this layout on a device, brought there once."""
+        there: dict[Any, Tensor] = self.__dict__.setdefault("_there", {})
+        key = (device, name, *args)
+        if key not in there:
+            index = getattr(self, name)
+            there[key] = (index(*args) if args else index).to(device)
+        return there[key]
 
     def shift(self, after: Tensor, first: Tensor, reverse: bool) -> Tensor:
         """(N, …) states after every step and (B, …) the first to (N, …) states before every step."""
@@ -123,7 +134,7 @@ class Rows:
             if rest <= 0:
                 return first[: self.total]
             return torch.cat([after[self.batch :], first] if reverse else [first, after[:rest]])
-        return torch.cat([after, first]).index_select(0, self.previous(reverse).to(after.device))
+        return torch.cat([after, first]).index_select(0, self._on(after.device, "previous", reverse))
 
     def last(self, after: Tensor, first: Tensor, reverse: bool) -> Tensor:
         """(N, …) states after every step and (B, …) the first to (B, …) the state after every last step."""
@@ -131,7 +142,7 @@ class Rows:
             if self.total == 0:
                 return first.clone()
             return after[: self.batch].clone() if reverse else after[self.total - self.batch :].clone()
-        return torch.cat([after, first]).index_select(0, self.final(reverse).to(after.device))
+        return torch.cat([after, first]).index_select(0, self._on(after.device, "final", reverse))
 
     def repeat(self, value: Tensor, dim: int, k: int) -> Tensor:
         """A value for every sequence, repeated for every packed row; it has k rows for each at ``dim``."""
@@ -140,7 +151,7 @@ class Rows:
                 return value
             shape = list(value.shape)
             return value.unsqueeze(dim).expand(*shape[:dim], self.steps, *shape[dim:]).flatten(dim, dim + 1)
-        apart = value.unflatten(dim, (self.batch, k)).index_select(dim, self.sequence.to(value.device))
+        apart = value.unflatten(dim, (self.batch, k)).index_select(dim, self._on(value.device, "sequence"))
         return apart.flatten(dim, dim + 1)
 
     def sum_time(self, value: Tensor) -> Tensor:
@@ -148,7 +159,7 @@ class Rows:
         if self.uniform:
             return value.reshape(self.steps, self.batch, *value.shape[1:]).sum(0)
         zeros = value.new_zeros(self.batch, *value.shape[1:])
-        return zeros.index_add(0, self.sequence.to(value.device), value)
+        return zeros.index_add(0, self._on(value.device, "sequence"), value)
 
 
 def rows_of(
@@ -182,7 +193,7 @@ def rows_of(
     if bool((host == steps).all()):
         return Rows(steps, batch)
     ordered, order = torch.sort(host, descending=True, stable=True)
-    running = torch.arange(steps).unsqueeze(1) < ordered  # (T, B)
-    gather = (torch.arange(steps).unsqueeze(1) * batch + order)[running]
+    running = torch.arange(steps, device="cpu").unsqueeze(1) < ordered  # (T, B)
+    gather = (torch.arange(steps, device="cpu").unsqueeze(1) * batch + order)[running]
     sizes = tuple(running.sum(1).tolist())
     return Rows(steps, batch, sizes, gather.to(device), order.to(device))

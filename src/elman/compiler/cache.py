@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import MixedRowsError, MutationError, UnfoldError, UnsupportedError
 from ..protocol import Protocol
+from . import graphed
 from .compiled import Compiled
 from .key import ambient, fingerprint, forget_classes
 from .lock import tracing
@@ -218,3 +219,4 @@ def forget() -> None:
     with tracing():
         _programs.clear()
         forget_classes()
+    graphed.forget()

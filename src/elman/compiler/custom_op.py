@@ -120,7 +120,7 @@ def _call(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The operator's work under ordinary autograd: ys and final state, and the draws; rows are padded."""
     program = _programs[number]
-    rows = rows_of(steps, batch, lengths)
+    rows = rows_of(steps, batch, lengths, tensors[0].device)
     a, b = counts[0], counts[0] + counts[1]
     c = b + counts[2]
 

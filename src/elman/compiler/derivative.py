@@ -99,7 +99,7 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
     mode = next(iter(inputs)).fake_mode
     # Outputs serve as the fake cotangents; a fresh tensor each, because an output may be an input or occur twice.
     cotangents = [_empty_like(node.meta["val"]) for node in outputs]
-    with mode, torch.autocast("cpu", enabled=False), torch.no_grad():
+    with mode, torch.autocast(step.xs[0].meta["val"].device.type, enabled=False), torch.no_grad():
         traced = functional(joint, [*inputs, *cotangents])
     graph = traced.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]

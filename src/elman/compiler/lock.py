@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["tracing"]
 
 _lock = threading.RLock()
 
 
-def tracing() -> threading.RLock:
-    """The lock to hold while tracing, a context manager."""
-    return _lock
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Hold the lock, and keep the caller's hooks for saved tensors away from tensors without data."""
+    with _lock, saved_tensors_hooks(_itself, _itself):
+        yield
+
+
+def _itself(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _renew() -> None:
