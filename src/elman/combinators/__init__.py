@@ -3,8 +3,14 @@
 from typing import Any
 
 from .attend import Attend
+from .clockwork import Clockwork
 from .conditioned import Conditioned, LearnedState
+from .deep import Deep
+from .delay import Delay, TimeSkip
 from .dropout import VariationalDropout, WeightDrop
+from .feedback import Feedback
+from .leaky import Leaky
+from .masked import Masked
 from .nested import Make, Wrapper, input_size, output_size, positive, start, step
 from .noise import Noise, Zoneout
 from .residual import Highway, Residual
@@ -13,13 +19,20 @@ from .stack import Stack
 __all__ = [
     "COMBINATORS",
     "Attend",
+    "Clockwork",
     "Conditioned",
+    "Deep",
+    "Delay",
+    "Feedback",
     "Highway",
+    "Leaky",
     "LearnedState",
     "Make",
+    "Masked",
     "Noise",
     "Residual",
     "Stack",
+    "TimeSkip",
     "VariationalDropout",
     "WeightDrop",
     "Wrapper",
@@ -33,12 +46,19 @@ __all__ = [
 
 COMBINATORS: dict[str, Any] = {
     "attend": Attend,
+    "clockwork": Clockwork,
     "conditioned": Conditioned,
+    "deep": Deep,
+    "delay": Delay,
+    "feedback": Feedback,
     "highway": Highway,
+    "leaky": Leaky,
     "learned_state": LearnedState,
+    "masked": Masked,
     "noise": Noise,
     "residual": Residual,
     "stack": Stack,
+    "time_skip": TimeSkip,
     "variational_dropout": VariationalDropout,
     "weight_drop": WeightDrop,
     "zoneout": Zoneout,

@@ -53,7 +53,7 @@ class Attend(Wrapper):
         self.energy = nn.Linear(size, 1, bias=False) if additive else None
 
     @classmethod
-    def build(cls, input_size: int, make: Make, memory_size: int, **options: object) -> Attend:  # type: ignore[override]
+    def build(cls, input_size: int, make: Make, memory_size: int, **options: object) -> Attend:
         return cls(make(input_size + memory_size), memory_size, **options)  # type: ignore[arg-type]
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -38,13 +40,13 @@ class Conditioned(Wrapper):
         like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
         leaves = pytree.tree_leaves(start(cell, 1, device=like.device, dtype=like.dtype)) if where != "step" else []
         sizes = [leaf.numel() if isinstance(leaf, Tensor) and leaf.is_floating_point() else 0 for leaf in leaves]
-        options = {"bias": False, "device": like.device, "dtype": like.dtype}
+        options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": like.dtype}
         self.initial = nn.ModuleList(
             nn.Linear(context_size, size, **options) if size else nn.Identity() for size in sizes
         )
 
     @classmethod
-    def build(  # type: ignore[override]
+    def build(
         cls, input_size: int, make: Make, context_size: int, *, where: str = "step", key: str | None = None
     ) -> Conditioned:
         return cls(make(input_size + (context_size if where != "start" else 0)), context_size, where=where, key=key)

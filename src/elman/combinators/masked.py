@@ -29,28 +29,26 @@ def step_with(
 class Masked(Wrapper):
     """Any cell without some of its connections: W ⊙ M in the place of W.
 
-    ``masks`` go by the name of a parameter of the cell, ``weight_hh=``: a 0/1 tensor M of its shape, or the share of
-    connections that are kept, a number from 0 to 1, drawn at construction (that many of all, without replacement).
-    What is removed is zero, has no gradient, and is saved with the state_dict. Input, output and state are those of
-    the cell. The product with M is taken once for a whole sequence.
+    ``mask`` is a 0/1 tensor M of the shape of W, or the share of connections that are kept, a number from 0 to 1, drawn
+    at construction: that many of all, without replacement. ``weights`` names the parameters of the cell that lose
+    connections, separated by spaces. What is removed is zero, and has no gradient; M is saved with the state_dict.
+    Input, output and state are those of the cell. The product with M is taken once for a whole sequence.
 
-    Raises OptionError for no masks, a name that is no parameter, another shape or other numbers.
-    Source: Goodfellow, Bengio, Courville 2016, section 10.9.3; Jaeger 2001, The "echo state" approach (sparse W).
+    Raises OptionError for a name that is no parameter, another shape and other numbers.
+    Sources: Goodfellow, Bengio, Courville 2016, section 10.9.3 (removed connections); Jaeger 2001, The "echo state"
+    approach to analysing and training recurrent neural networks, section 3 (sparse W).
     """
 
-    def __init__(self, cell: nn.Module, **masks: Tensor | float) -> None:
+    def __init__(self, cell: nn.Module, mask: Tensor | float, *, weights: str = "weight_hh") -> None:
         super().__init__(cell)
         known = dict(cell.named_parameters())
-        if not masks:
-            raise OptionError(f"Masked needs the name of a weight and its mask; there are {', '.join(known)}.")
-        self.names = tuple(masks)
-        for name, given in masks.items():
+        self.names = tuple(weights.split())
+        for name in self.names:
             if name not in known:
                 raise OptionError.unknown(f"parameter of {type(cell).__name__}", name, sorted(known))
-            mask = _mask(name, given, known[name])
-            self.register_buffer(_buffer(name), mask)
+            self.register_buffer(_buffer(name), _mask(name, mask, known[name]))
             with torch.no_grad():
-                known[name].mul_(mask)
+                known[name].mul_(getattr(self, _buffer(name)))
 
     def forward(self, x: Pytree, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
         kept = {name: attrgetter(name)(self.cell) * getattr(self, _buffer(name)) for name in self.names}

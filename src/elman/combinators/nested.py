@@ -14,7 +14,7 @@ from ..errors import CellError, OptionError
 from ..protocol import initial_state, output_of
 from ..types import Pytree, State
 
-__all__ = ["Make", "Wrapper", "output_size", "positive", "start", "step"]
+__all__ = ["Make", "Wrapper", "output_size", "positive", "said", "start", "step"]
 
 
 class Make(Protocol):
@@ -54,7 +54,7 @@ def _third(forward: Callable[..., Any]) -> tuple[bool, bool]:
 
 def input_size(cell: nn.Module) -> int:
     """Features that a cell reads: its ``input_size``. Raises CellError where it does not say."""
-    size = _said(cell, "input_size")
+    size = said(cell, "input_size")
     if size is None:
         raise _silent(cell, "input_size")
     return size
@@ -65,10 +65,10 @@ def output_size(cell: nn.Module, reads: int | None = None) -> int:
 
     ``reads``: features of its input, where it does not say that either. Raises CellError when they are not known.
     """
-    size = _said(cell, "hidden_size" if type(cell).__module__.startswith("torch.nn.") else "output_size")
+    size = said(cell, "hidden_size" if type(cell).__module__.startswith("torch.nn.") else "output_size")
     if size is not None:
         return size
-    reads = reads or _said(cell, "input_size")
+    reads = reads or said(cell, "input_size")
     like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
     if reads is None or like.is_meta:
         raise _silent(cell, "output_size")
@@ -78,7 +78,8 @@ def output_size(cell: nn.Module, reads: int | None = None) -> int:
     return int(y.shape[-1])
 
 
-def _said(cell: nn.Module, name: str) -> int | None:
+def said(cell: nn.Module, name: str) -> int | None:
+    """A size that a cell says, such as its ``input_size``; None where it does not."""
     try:
         size = getattr(cell, name, None)
     except CellError:  # a combinator around a cell that does not say
