@@ -99,7 +99,7 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     for file in ("book.txt", "more/second.txt", "held_out.txt"):
         (tmp_path / file).write_text(SENTENCE * 200, encoding="utf-8")
-    programs = [text for language, text, _ in blocks(page) if language == "python"]
+    programs = [text for language, text, _ in blocks(ROOT / "docs" / "write-a-cell.md") if language == "python"]
     (tmp_path / "cell.py").write_text("".join(programs[:1]), encoding="utf-8")
     binaries = Path(sys.executable).parent
     environment = os.environ | {
