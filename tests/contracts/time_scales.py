@@ -31,6 +31,6 @@ ROWS = {
     "clockwork": Row(lambda: Clockwork(LSTMCell(D, 4), [1, 3])),
     "clockwork, triangular": Row(lambda: Clockwork(ElmanCell(D, 6), [1, 2, 4], triangular=True)),
     "clockwork of clockworks": Row(lambda: Clockwork(Clockwork(GRUCell(D, 4), [1, 2]), [3, 1])),
-    "masked": Row(lambda: Masked(GRUCell(D, 4), weight_hh=0.4)),
-    "masked, torch's cell": Row(lambda: Masked(nn.LSTMCell(D, 4), weight_hh=torch.eye(4).repeat(4, 1), weight_ih=0.5)),
+    "masked": Row(lambda: Masked(GRUCell(D, 4), 0.4, weights="weight_hh weight_ih")),
+    "masked, torch's cell": Row(lambda: Masked(nn.LSTMCell(D, 4), torch.eye(4).repeat(4, 1))),
 }

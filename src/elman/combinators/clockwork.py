@@ -11,7 +11,7 @@ from ..errors import OptionError
 from ..types import Pytree, State
 from .leaky import blend
 from .masked import Masked
-from .nested import Wrapper, output_size, positive, start, step
+from .nested import Wrapper, like, output_size, positive, start, step
 
 __all__ = ["Clockwork"]
 
@@ -44,7 +44,7 @@ class Clockwork(Wrapper):
         units = output_size(cell)
         if units % len(given):
             raise OptionError(f"Clockwork: {units} units do not fall into {len(given)} groups of equal size.")
-        self.register_buffer("period", torch.tensor(given), persistent=False)
+        self.register_buffer("period", torch.tensor(given, device=like(cell).device), persistent=False)
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
         """The first state of the cell, and zero (B,)."""

@@ -13,7 +13,7 @@ from ..cells.squash import squash_label, squash_of
 from ..errors import CellError, OptionError
 from ..protocol import MISTAKES
 from ..types import Pytree, State
-from .nested import Wrapper, input_size, output_size, positive, start, step
+from .nested import Wrapper, input_size, like, output_size, positive, start, step
 
 __all__ = ["MLP", "Deep"]
 
@@ -90,7 +90,8 @@ class Deep(Wrapper):
             if isinstance(depths[name], int) and depths[name] == 0:
                 return None
             layers = positive("Deep", name, depths[name])
-            return MLP(features(cell), layers, width=width, squash=squash, skip=skip)
+            mlp = MLP(features(cell), layers, width=width, squash=squash, skip=skip)
+            return mlp.to(device=like(cell).device, dtype=like(cell).dtype)
 
         self.leaf = (_leaf_of_output(cell) if leaf is None else leaf) if transition else None
         self.input, self.transition = block("input", input_size), block("transition", output_size)
@@ -107,11 +108,11 @@ class Deep(Wrapper):
 
 def _leaf_of_output(cell: nn.Module) -> int:
     """Which leaf of its state a cell gives as its output."""
-    like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
+    known = like(cell)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            first = start(cell, 1, device=like.device, dtype=like.dtype)
-            y, state = step(cell, like.new_zeros(1, input_size(cell)), first)
+            first = start(cell, 1, device=known.device, dtype=known.dtype)
+            y, state = step(cell, known.new_zeros(1, input_size(cell)), first)
     except MISTAKES as error:
         raise _unknown(cell, f"a step on zeros fails: {error}") from error
     found = [i for i, leaf in enumerate(pytree.tree_leaves(state)) if leaf is y]

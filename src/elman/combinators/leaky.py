@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import OptionError
 from ..types import Pytree, State
-from .nested import Wrapper, start, step
+from .nested import Wrapper, like, start, step
 
 __all__ = ["Leaky", "blend"]
 
@@ -59,8 +59,8 @@ class Leaky(Wrapper):
         self.rates = nn.Module()
         if number:
             return
-        like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
-        state = start(cell, 1, device=like.device, dtype=like.dtype)
+        known = like(cell)
+        state = start(cell, 1, device=known.device, dtype=known.dtype)
         for at, leaf in enumerate(s for s in pytree.tree_leaves(state) if s.is_floating_point()):
             scale = torch.exp(torch.rand_like(leaf[0]) * math.log(longest)).clamp(min=1 + 1e-3)
             if alpha == "learned":

@@ -14,7 +14,7 @@ from ..errors import CellError, OptionError
 from ..protocol import initial_state, output_of
 from ..types import Pytree, State
 
-__all__ = ["Make", "Wrapper", "output_size", "positive", "said", "start", "step"]
+__all__ = ["Make", "Wrapper", "like", "output_size", "positive", "said", "start", "step"]
 
 
 class Make(Protocol):
@@ -69,13 +69,18 @@ def output_size(cell: nn.Module, reads: int | None = None) -> int:
     if size is not None:
         return size
     reads = reads or said(cell, "input_size")
-    like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
-    if reads is None or like.is_meta:
+    known = like(cell)
+    if reads is None or known.is_meta:
         raise _silent(cell, "output_size")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        x = like.new_zeros(1, reads)
-        y, _ = step(cell, x, start(cell, 1, device=like.device, dtype=like.dtype))
+        x = known.new_zeros(1, reads)
+        y, _ = step(cell, x, start(cell, 1, device=known.device, dtype=known.dtype))
     return int(y.shape[-1])
+
+
+def like(cell: nn.Module) -> Tensor:
+    """A tensor of the type and on the device of a cell's parameters."""
+    return next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def said(cell: nn.Module, name: str) -> int | None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import CellError, OptionError
 from ..recording import scope
 from ..types import Pytree, State
-from .nested import Make, input_size, output_size, positive, start, step
+from .nested import Make, input_size, output_size, positive, said, start, step
 
 __all__ = ["Stack"]
 
@@ -40,7 +40,7 @@ class Stack(nn.Module):
             raise OptionError(f"Stack: dropout must be a probability between 0 and 1, got {dropout!r}.")
         self.dropout = float(dropout)
         for layer, (below, cell) in enumerate(zip(self.cells, self.cells[1:], strict=False), 1):
-            given, read = getattr(below, "output_size", None), getattr(cell, "input_size", None)
+            given, read = said(below, "output_size"), said(cell, "input_size")
             if given is not None and read is not None and given != read:
                 raise CellError(
                     f"Stack: cell {layer} ({type(cell).__name__}) reads {read} features, and cell {layer - 1} "

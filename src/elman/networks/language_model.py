@@ -69,16 +69,20 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
         """Tokens (T, B) and the state before them → logits (T, B, V) of each next symbol and the state
         after them."""
-        h, state = scan(self.cell, self.dropout_input(self.embedding(tokens)), state)
-        return self._logits(h), state
+        h, state = self.activations(tokens, state)
+        return self.logits(self.dropout_output(h)), state
+
+    def activations(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Tokens (T, B) and the state before them → outputs h (T, B, H) of the cell and the state after them."""
+        return scan(self.cell, self.dropout_input(self.embedding(tokens)), state)
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """One symbol for each sequence, (B,), and the state → logits (B, V) and the next state."""
         h, state = step(self.cell, self.dropout_input(self.embedding(token)), state)
-        return self._logits(h), state
+        return self.logits(self.dropout_output(h)), state
 
-    def _logits(self, h: Tensor) -> Tensor:
-        h = self.dropout_output(h)
+    def logits(self, h: Tensor) -> Tensor:
+        """Outputs of the cell (…, H), after dropout → logits (…, V)."""
         if self.narrow is not None:
             h = self.narrow(h)
         weight = self.embedding.weight if self.weight_out is None else self.weight_out

@@ -1,0 +1,90 @@
+"""Reading in both directions: each output depends on the whole sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..combinators.nested import output_size, said
+from ..errors import CellError, OptionError
+from ..types import Pytree, State
+from ..unfold import scan
+
+__all__ = ["MERGES", "Bidirectional"]
+
+Merge = Callable[[Tensor, Tensor], Tensor]
+
+
+def _concat(h: Tensor, g: Tensor) -> Tensor:
+    return torch.cat([h, g], -1)
+
+
+def _mean(h: Tensor, g: Tensor) -> Tensor:
+    return (h + g) / 2
+
+
+MERGES: dict[str, Merge] = {"concat": _concat, "mean": _mean, "product": torch.mul, "sum": torch.add}
+"""How the outputs of both directions (T, B, H), (T, B, H') become one."""
+
+
+class Bidirectional(nn.Module):
+    """Two cells with weights of their own: one reads forward in time, one backward.
+
+        h(t), s(t) = forward_cell(x(t), s(t-1)),    g(t), r(t) = backward_cell(x(t), r(t+1))
+        y(t) = merge(h(t), g(t))
+
+    xs leaves (T, B, …), y (T, B, H + H') for "concat", (T, B, H) for "sum", "mean" and "product"; ``merge`` may be any
+    function of both. Any cells. With ``lengths`` (B) the backward cell starts at each sequence's own last step, so
+    that nothing of the padding is read. The state is the pair (s(τ), r(1)). No cell itself: y(t) waits for the end.
+
+    Raises CellError for cells that do not fit one another, OptionError for an unknown merge.
+    Sources: Schuster and Paliwal 1997; Goodfellow, Bengio, Courville 2016, section 10.3.
+    """
+
+    def __init__(self, forward_cell: nn.Module, backward_cell: nn.Module, merge: str | Merge = "concat") -> None:
+        super().__init__()
+        if isinstance(merge, str) and merge not in MERGES:
+            raise OptionError.unknown("merge", merge, sorted(MERGES))
+        if forward_cell is backward_cell:
+            raise CellError(
+                f"Bidirectional: both directions are one and the same {type(forward_cell).__name__}. Build a second "
+                "one: each direction has weights of its own."
+            )
+        sizes = [said(cell, "input_size") for cell in (forward_cell, backward_cell)]
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise CellError(f"Bidirectional: both cells read the same xs, but they are built for {sizes} features.")
+        self.forward_cell, self.backward_cell, self.merge = forward_cell, backward_cell, merge
+        self._check([said(cell, "output_size") for cell in (forward_cell, backward_cell)])
+
+    @property
+    def output_size(self) -> int:
+        """Features of y. Raises CellError where ``merge`` is a function of the user's own."""
+        if self.merge not in MERGES:
+            raise CellError("Bidirectional cannot see how many features your own merge gives.")
+        own = output_size(self.forward_cell)
+        return own + output_size(self.backward_cell) if self.merge == "concat" else own
+
+    def forward(
+        self,
+        xs: Pytree,
+        state: tuple[State, State] | None = None,
+        *,
+        constants: Pytree = None,
+        lengths: Tensor | list[int] | None = None,
+    ) -> tuple[Tensor, tuple[State, State]]:
+        """y (T, B, …), zero past the end of each sequence, and both last states. Raises what ``scan`` raises."""
+        s, r = (None, None) if state is None else state
+        h, s = scan(self.forward_cell, xs, s, constants=constants, lengths=lengths)
+        g, r = scan(self.backward_cell, xs, r, constants=constants, lengths=lengths, reverse=True)
+        if not isinstance(self.merge, str):
+            return self.merge(h, g), (s, r)
+        self._check([y.shape[-1] for y in (h, g)])
+        return MERGES[self.merge](h, g), (s, r)
+
+    def _check(self, widths: list[int | None]) -> None:
+        """A width of 1 would be broadcast, so outputs are compared before they are merged."""
+        differ = None not in widths and widths[0] != widths[1]
+        if differ and isinstance(self.merge, str) and self.merge != "concat":
+            raise CellError(f"Bidirectional: merge={self.merge!r} needs outputs of one width; the cells give {widths}.")

@@ -1,0 +1,38 @@
+"""The Jordan network: the only way from step to step goes through the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..cells.dense import Dense
+from ..combinators.feedback import Feedback
+
+__all__ = ["jordan"]
+
+
+def jordan(
+    input_size: int,
+    hidden_size: int,
+    output_size: int,
+    *,
+    squash: str | Callable[[Tensor], Tensor] = "tanh",
+    **options: Any,
+) -> Feedback:
+    """The Jordan network, a cell.
+
+        h(t) = φ(b + W p(t-1) + U x(t)),    o(t) = c + V h(t)
+
+    x (B, D), o (B, O), h (B, H); [U W] is ``cell.weight_ih``, V and c are ``readout``. p(t-1) is made of o(t-1), or
+    is the target y(t-1), as ``Feedback`` says, which takes the ``options``. It is weaker than the Elman network: what
+    the outputs do not tell is forgotten; but forced by its targets, all of its steps are computed at once.
+
+    Raises OptionError for an impossible size or option. Sources: Jordan 1986, Serial order: a parallel distributed
+    processing approach (without the decaying average of its context); Goodfellow, Bengio, Courville 2016, figure 10.4.
+    """
+    width = options.get("width") or (output_size if options.get("embed") is None else options["embed"].embedding_dim)
+    return Feedback(
+        Dense(input_size + width, hidden_size, squash=squash), nn.Linear(hidden_size, output_size), **options
+    )
