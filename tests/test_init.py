@@ -22,7 +22,7 @@ def gates(cell: nn.Module, name: str = "weight_hh") -> dict[str, Tensor]:
     return dict(zip(cell.gates, getattr(cell, name).detach().split(cell.hidden_size), strict=True))
 
 
-@pytest.mark.parametrize("name", sorted({*CELLS} - {"elman"}))
+@pytest.mark.parametrize("name", sorted({*CELLS} - {"elman", "irnn", "lru"}))  # which start in ways of their own
 def test_uniform_stays_in_its_bounds_and_fills_them(name: str) -> None:
     cell = make_cell(name, 40, 64)
     for parameter in cell.parameters():
@@ -30,7 +30,7 @@ def test_uniform_stays_in_its_bounds_and_fills_them(name: str) -> None:
         assert abs(parameter.mean()) < 0.05
 
 
-@pytest.mark.parametrize("name", sorted({*CELLS} - {"elman"}))
+@pytest.mark.parametrize("name", ["gru", "irnn", "lstm", "mgu", "rnn", "slstm"])
 def test_orthogonal(name: str) -> None:
     cell = make_cell(name, 3, H, init="orthogonal", dtype=torch.float64)
     blocks = list(gates(cell).values())

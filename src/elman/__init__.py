@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cells import ElmanCell, GRUCell, LeakyCell, LSTMCell
+    from .cells import ElmanCell, GRUCell, LSTMCell
     from .explaining import explain
     from .layers import GRU, LSTM, RNN
     from .recording import record
@@ -24,7 +24,6 @@ __all__ = [
     "ElmanCell",
     "GRUCell",
     "LSTMCell",
-    "LeakyCell",
     "Recording",
     "explain",
     "load",
@@ -34,7 +33,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "cells": ("ElmanCell", "GRUCell", "LSTMCell", "LeakyCell"),
+    "cells": ("ElmanCell", "GRUCell", "LSTMCell"),
     "explaining": ("explain",),
     "layers": ("GRU", "LSTM", "RNN"),
     "recording": ("record",),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .compiler.affine import is_affine
 from .compiler.autograd import needs_of
 from .compiler.cache import Signature, program_of
 from .compiler.compiled import Compiled
@@ -90,6 +91,8 @@ def _program(program: Program, level: str, name: str) -> list[str]:
             carried = ", ".join(program.step.state[i].name for i in part.carried)
             stages = plan(part)
             lines.append(f"  loop      carries {carried}; {len(stages)} stage{'s' if len(stages) != 1 else ''}")
+            if is_affine(program.step, part):
+                lines.append("    affine: scanned in parallel over time where a step is short of work")
             if level == "program":
                 lines += _listing(part.nodes, program.step.unit, "B")
             else:

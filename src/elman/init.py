@@ -49,6 +49,11 @@ def initialise(cell: nn.Module, scheme: str = "uniform") -> None:
     if meaning is None and colon:
         raise OptionError(f"initialisation {name!r} takes no number; got {scheme!r}. Write {name!r}.")
     value = None if meaning is None else _number(name, number, meaning)
+    if name in _RECURRENT and getattr(cell, "weight_hh", None) is None:
+        raise OptionError(
+            f"initialisation {name!r} is one of recurrent weights, and {type(cell).__name__} has none: it is "
+            "elementwise in time. Use 'uniform' or 'xavier'."
+        )
     if any(parameter.is_meta for parameter in cell.parameters(recurse=False)):
         return
     if value is None:
@@ -159,7 +164,7 @@ def chrono_(cell: nn.Module, t_max: float) -> None:
 
 @torch.no_grad()
 def set_bias_(cell: nn.Module, gate: str, value: Tensor | float) -> None:
-    """Set the bias of one gate: ``value``, a number or (H,), in bias_ih and zero in bias_hh.
+    """Set the bias of one gate: ``value``, a number or (H,), in bias_ih and zero in bias_hh, where there is one.
 
     Raises OptionError when the cell has no biases, or no gate of that name.
     """
@@ -167,10 +172,11 @@ def set_bias_(cell: nn.Module, gate: str, value: Tensor | float) -> None:
     if gate not in gates:
         raise OptionError.unknown(f"gate of {type(cell).__name__}", gate, gates)
     ih, hh = _blocks(cell, "bias_ih"), _blocks(cell, "bias_hh")
-    if not ih or not hh:
+    if not ih:
         raise OptionError(f"the bias of the {gate} gate cannot be set: {type(cell).__name__} has bias=False.")
     ih[gates.index(gate)].copy_(torch.as_tensor(value))
-    hh[gates.index(gate)].zero_()
+    if hh:
+        hh[gates.index(gate)].zero_()
 
 
 def _blocks(cell: nn.Module, name: str) -> tuple[Tensor, ...]:
@@ -203,5 +209,6 @@ INITIALISATIONS: dict[str, Callable[..., None]] = {
 }
 """From a scheme's name to the function that applies it."""
 
+_RECURRENT = ("identity", "orthogonal", "spectral")
 _NUMBERS = {"chrono": "the longest memory in steps", "spectral": "the spectral radius"}
 _EXAMPLES = {"chrono": "chrono:200", "spectral": "spectral:0.9"}

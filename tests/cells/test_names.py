@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import elman
-from elman.cells import CELLS, ElmanCell, GRUCell, LeakyCell, LSTMCell, load_user_cell
+from elman.cells import CELLS, ElmanCell, GRUCell, IRNNCell, LSTMCell, SRUCell, load_user_cell
 from elman.cells.squash import SQUASHES
 from elman.errors import CellError, OptionError
 from elman.spec import make_cell
@@ -80,7 +80,14 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("elman", ElmanCell), ("rnn", ElmanCell), ("lstm", LSTMCell), ("gru", GRUCell), ("leaky", LeakyCell)],
+    [
+        ("elman", ElmanCell),
+        ("rnn", ElmanCell),
+        ("irnn", IRNNCell),
+        ("lstm", LSTMCell),
+        ("gru", GRUCell),
+        ("sru", SRUCell),
+    ],
 )
 def test_short_names(name: str, kind: type) -> None:
     cell = make_cell(name, 3, 4)
@@ -93,7 +100,9 @@ def test_options_reach_the_cell() -> None:
     assert repr(cell) == "LSTMCell(3, 4, squash=relu, peepholes=True, proj_size=2, forget_bias=1)"
     assert not cell.bias_ih[:4].any()
     assert make_cell("gru", 3, 4, reset_after=False, dtype=torch.float64).weight_hh.dtype == torch.float64
-    assert make_cell("leaky", 3, 4, alpha=0.25).alpha == 0.25
+    assert make_cell("irnn", 3, 4).weight_hh.equal(torch.eye(4))
+    assert repr(make_cell("irnn", 3, 4, bias=False)) == "IRNNCell(3, 4, squash=relu, bias=False)"
+    assert not make_cell("irnn", 3, 4, init="uniform").weight_hh.equal(torch.eye(4))
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -105,8 +114,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("rnn", {"squash": "tan"}, "unknown squashing function 'tan': did you mean 'tanh'?"),
     ("rnn", {"squash": 3}, "squash must be a function of one tensor or a name"),
     ("rnn", {"init": "ortogonal"}, "unknown initialisation 'ortogonal': did you mean 'orthogonal'?"),
-    ("leaky", {"alpha": 1.0}, "alpha must be in [0, 1), got 1.0"),
-    ("leaky", {"alpha": "half"}, "alpha must be in [0, 1), got 'half'"),
     ("lstm", {"proj_size": 4}, "proj_size must be 0 (none) or an integer below hidden_size; got 4"),
     ("lstm", {"proj_size": -1}, "proj_size must be 0 (none) or an integer below hidden_size; got -1"),
     ("lstm", {"forget_bias": 1.0, "bias": False}, "the bias of the forget gate cannot be set"),
@@ -194,7 +201,7 @@ def test_users_mistakes_show_the_line(file: Path, name: str, kind: Any, parts: l
 
 
 def test_an_option_that_the_users_cell_does_not_take(file: Path) -> None:
-    with pytest.raises(OptionError, match="unknown option of 'Decay' 'speed'. Known: rate"):
+    with pytest.raises(OptionError, match=r"unknown option of 'Decay' 'speed'\. Known: rate"):
         make_cell(f"{file}:Decay", 3, 4, speed=2)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,3 +83,33 @@ def test_products(shape: tuple[int, int, int]) -> None:
     torch.testing.assert_close(gemm.product(left, right.t().contiguous().t()), left @ right, **close)
     torch.testing.assert_close(gemm.added(bias, left, right), bias + left @ right, **close)
     torch.testing.assert_close(gemm.added(full[:1], left, right), full[:1] + left @ right, **close)
+
+
+LAYOUTS = {
+    "whole": lambda rows, columns: torch.randn(rows, columns),
+    "transposed": lambda rows, columns: torch.randn(columns, rows).t(),
+    "slice of columns": lambda rows, columns: torch.randn(rows, columns + 8)[:, 4:-4],
+    "slice of rows, transposed": lambda rows, columns: torch.randn(columns, rows + 8).t()[4:-4],
+    "one row for all": lambda rows, columns: torch.randn(1, columns).expand(rows, columns),
+    "one column for all": lambda rows, columns: torch.randn(rows, 1).expand(rows, columns),
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("left", LAYOUTS)
+def test_no_layout_is_slow(left: str, right: str) -> None:
+    """oneDNN leaves its kernels for a loop, a thousand times slower, where an operand has gaps."""
+    a, b = LAYOUTS[left](160, 128), LAYOUTS[right](128, 192)
+    bias = torch.randn(192)
+    torch.testing.assert_close(gemm.product(a, b), a @ b, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(gemm.added(bias, a, b), bias + a @ b, rtol=1e-4, atol=1e-3)
+
+    def seconds(function: Callable[..., torch.Tensor], *args: torch.Tensor) -> float:
+        begun = time.perf_counter()
+        function(*args)
+        return time.perf_counter() - begun
+
+    dense = min(seconds(torch.mm, a.contiguous(), b.contiguous()) for _ in range(3))
+    for function, args in ((gemm.product, (a, b)), (gemm.added, (bias, a, b))):
+        assert min(seconds(function, *args) for _ in range(3)) < 50 * dense

@@ -1,4 +1,4 @@
-"""The Elman cell: hidden-to-hidden recurrence with any squashing function."""
+"""The Elman cell: hidden-to-hidden recurrence with any squashing function; and its form that starts as a sum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..recording import record
 from .gated import Common, GatedCell
 
-__all__ = ["ElmanCell"]
+__all__ = ["ElmanCell", "IRNNCell"]
 
 
 class ElmanCell(GatedCell):
@@ -42,3 +42,14 @@ class ElmanCell(GatedCell):
         a = F.linear(x, self.weight_ih, self.bias_ih) + F.linear(state, self.weight_hh, self.bias_hh)
         h = self.squash(record("preactivation", a))
         return h, h
+
+
+class IRNNCell(ElmanCell):
+    """The Elman cell with rectified units whose recurrent weights start as the identity: it begins as a sum of inputs.
+
+    ``ElmanCell`` with other defaults: ``squash="relu"`` and ``init="identity"``. Source: Le, Jaitly and Hinton 2015, A
+    simple way to initialize recurrent networks of rectified linear units.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, **common: Unpack[Common]) -> None:
+        super().__init__(input_size, hidden_size, **(Common(squash="relu", init="identity") | common))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, TypedDict
 
@@ -12,7 +13,7 @@ from ..errors import OptionError
 from ..init import initialise
 from .squash import squash_label, squash_of
 
-__all__ = ["Common", "GatedCell"]
+__all__ = ["Common", "GatedCell", "probability"]
 
 
 class Common(TypedDict, total=False):
@@ -28,14 +29,16 @@ class Common(TypedDict, total=False):
 class GatedCell(nn.Module):
     """Abstract: G gates stacked in one product with the input and one with the output before.
 
-    ``weight_ih`` (G·H, D), ``weight_hh`` (G·H, output_size), ``bias_ih`` and ``bias_hh`` (G·H) or None. A
-    cell names its ``gates`` in the order in which they are stacked, calls ``reset_parameters`` once all its
-    parameters are there, and defines ``initial_state`` and ``forward``. Raises OptionError for a size that
-    is not a positive integer and for an unknown squashing function or initialisation.
+    ``weight_ih`` (G·H, D), ``weight_hh`` (G·H, output_size), ``bias_ih`` and ``bias_hh`` (G·H) or None; without
+    ``feedback`` the gates read the input alone, and what ends in hh is not there. A cell names its ``gates`` in
+    the order in which they are stacked (or hands them to the constructor, where options change them), calls
+    ``reset_parameters`` once all its parameters are there, and defines ``initial_state`` and ``forward``. Raises
+    OptionError for a size that is not a positive integer and for an unknown squashing function or initialisation.
     """
 
-    gates: ClassVar[tuple[str, ...]]
-    shown: ClassVar[tuple[str, ...]] = ()
+    gates: tuple[str, ...]
+    feedback: ClassVar[bool] = True
+    shown: ClassVar[tuple[str, ...]] = ()  # the options that are printed, where they are not as usual
     weight_ih: nn.Parameter
     weight_hh: nn.Parameter
     bias_ih: nn.Parameter | None
@@ -47,6 +50,7 @@ class GatedCell(nn.Module):
         hidden_size: int,
         proj_size: int = 0,
         *,
+        gates: tuple[str, ...] | None = None,
         squash: str | Callable[[Tensor], Tensor] = "tanh",
         bias: bool = True,
         init: str = "uniform",
@@ -65,10 +69,12 @@ class GatedCell(nn.Module):
         self.output_size = proj_size or hidden_size
         self.squash = squash_of(squash)
         self.init = init
+        self.gates = gates or type(self).gates
         rows = len(self.gates) * hidden_size
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size, device=device, dtype=dtype))
-        self.weight_hh = nn.Parameter(self.weight_ih.new_empty(rows, self.output_size))
-        for name in ("bias_ih", "bias_hh"):
+        if self.feedback:
+            self.weight_hh = nn.Parameter(self.weight_ih.new_empty(rows, self.output_size))
+        for name in ("bias_ih", "bias_hh") if self.feedback else ("bias_ih",):
             self.register_parameter(name, nn.Parameter(self.weight_ih.new_empty(rows)) if bias else None)
 
     def reset_parameters(self) -> None:
@@ -79,7 +85,16 @@ class GatedCell(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        options = [f"{name}={getattr(self, name)!r}" for name in self.shown]
+        usual = inspect.signature(type(self)).parameters
+        given = [(name, getattr(self, name)) for name in self.shown]
+        options = [f"{name}={value!r}" for name, value in given if value != usual[name].default]
         squash = f"squash={squash_label(self.squash)}"
         bias = [] if self.bias_ih is not None else ["bias=False"]
         return ", ".join([str(self.input_size), str(self.hidden_size), squash, *options, *bias])
+
+
+def probability(owner: str, name: str, value: float) -> float:
+    """``value``, when it is a number in [0, 1); otherwise OptionError that names owner and option."""
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise OptionError(f"{owner}: {name} must be in [0, 1), got {value!r}; 0 is without it.")
+    return float(value)

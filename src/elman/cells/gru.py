@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..recording import record
-from .gated import Common, GatedCell
+from .gated import Common, GatedCell, probability
 
 __all__ = ["GRUCell"]
 
@@ -23,21 +23,30 @@ class GRUCell(GatedCell):
         h = u ⊙ h⁻ + (1 - u) ⊙ n
 
     x (B, D), state and output h (B, H). Gates are stacked reset, update, candidate: ``weight_ih`` (3H, D),
-    ``weight_hh`` (3H, H), ``bias_ih`` and ``bias_hh`` (3H), as in torch.nn.GRUCell. Keywords: ``squash`` (φ),
-    ``bias``, ``init``, ``device``, ``dtype``. Records "reset", "update" and "candidate".
+    ``weight_hh`` (3H, H), ``bias_ih`` and ``bias_hh`` (3H), as in torch.nn.GRUCell. ``recurrent_dropout`` is the
+    probability with which training drops a unit of n, which the state then takes up as zero. Keywords: ``squash``
+    (φ), ``bias``, ``init``, ``device``, ``dtype``. Records "reset", "update" and "candidate".
 
-    Raises OptionError for an unknown name or an impossible size.
-    Source: Cho et al. 2014, Learning phrase representations using RNN encoder-decoder, equations 5 to 8.
+    Raises OptionError for an unknown name or an impossible size. Sources: Cho et al. 2014, Learning phrase
+    representations using RNN encoder-decoder, equations 5 to 8; Semeniuta et al. 2016, Recurrent dropout without
+    memory loss, equation 14.
     """
 
     gates = ("reset", "update", "candidate")
-    shown = ("reset_after",)
+    shown = ("reset_after", "recurrent_dropout")
 
     def __init__(
-        self, input_size: int, hidden_size: int, *, reset_after: bool = True, **common: Unpack[Common]
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        reset_after: bool = True,
+        recurrent_dropout: float = 0,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(input_size, hidden_size, **common)
         self.reset_after = reset_after
+        self.recurrent_dropout = probability("GRUCell", "recurrent_dropout", recurrent_dropout)
         self.reset_parameters()
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -58,5 +67,7 @@ class GRUCell(GatedCell):
             n = self.squash(x_n + F.linear(r * state, self.weight_hh[last:], b_n))
         u = record("update", torch.sigmoid(x_u + h_u))
         n = record("candidate", n)
+        if self.recurrent_dropout:
+            n = F.dropout(n, self.recurrent_dropout, self.training)
         h = n + u * (state - n)
         return h, h

@@ -95,9 +95,14 @@ def _read(path: Path) -> str:
 
 
 def _execute(path: Path, source: str) -> Any:
-    """The file as a module, compiled here: what ran is what is hashed, and no .pyc is written."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    """The file as a module, compiled here: what ran is what is hashed, and no .pyc is written.
+
+    An unchanged file runs once, so that all cells made from it are of one class.
+    """
+    digest = hashlib.sha256(f"{path.resolve()}\n{source}".encode(errors="surrogateescape")).hexdigest()[:12]
     name = f"elman_user_cell_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_loader(name, loader=None, origin=str(path))
     assert spec is not None  # the loader is given, so a spec is always made
     module = importlib.util.module_from_spec(spec)
@@ -107,8 +112,10 @@ def _execute(path: Path, source: str) -> Any:
         exec(compile(source, str(path.resolve()), "exec"), vars(module))
     except Exception as error:  # whatever the user's file raises is shown with the user's line
         del sys.modules[name]
+        said = error.msg if isinstance(error, SyntaxError) else error
+        line = _line(path, error)
         raise CellError(
-            f"{path} cannot be executed: {type(error).__name__}: {error}\n{_line(path, error) or ''}".rstrip()
+            f"{path} cannot be executed: {type(error).__name__}: {said}{f', at {line}' if line else ''}"
         ) from error
     return module
 

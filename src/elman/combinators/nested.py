@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import CellError, OptionError
-from ..protocol import initial_state, output_of
+from ..errors import CellError, ElmanError, OptionError
+from ..protocol import MISTAKES, initial_state, pair_of, written
 from ..types import Pytree, State
 
 __all__ = ["Make", "Wrapper", "like", "output_size", "positive", "said", "start", "step"]
@@ -27,13 +27,13 @@ def step(cell: nn.Module, x: Pytree, state: State, constants: Pytree = None) -> 
     """One step of any cell: (y, state). Constants go to the cells that take a third argument.
 
     torch.nn's own cells, which return their state alone, are taken as they are. Raises CellError for a cell that
-    needs constants when there are none.
+    needs constants when there are none, and for one that does not return a pair.
     """
     known, needed = _third(type(cell).forward)
     if constants is None and needed:
         raise CellError(f"{type(cell).__name__} reads constants; pass constants= to scan, or to the step.")
     result = cell(x, state) if constants is None or not known else cell(x, state, constants)
-    return output_of(cell, result)
+    return pair_of(cell, result)
 
 
 def start(cell: nn.Module, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
@@ -72,10 +72,20 @@ def output_size(cell: nn.Module, reads: int | None = None) -> int:
     known = like(cell)
     if reads is None or known.is_meta:
         raise _silent(cell, "output_size")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        x = known.new_zeros(1, reads)
-        y, _ = step(cell, x, start(cell, 1, device=known.device, dtype=known.dtype))
-    return int(y.shape[-1])
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            x = known.new_zeros(1, reads)
+            y, _ = step(cell, x, start(cell, 1, device=known.device, dtype=known.dtype))
+        return int(y.shape[-1])
+    except ElmanError:
+        raise
+    except MISTAKES as error:
+        kind = type(cell).__name__
+        raise CellError(
+            f"{kind} does not say its output_size, and the step that was to show it failed with "
+            f"{type(error).__name__}: {error}. {kind}.forward{written(cell.forward)} is given x (B, {reads}) and the "
+            f"state, and returns a pair (y, state)."
+        ) from error
 
 
 def like(cell: nn.Module) -> Tensor:

@@ -52,21 +52,24 @@ def pack(right: Tensor, rows: int, times: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(right.t().contiguous(), rows)
 
 
+def _dense(weight: Tensor) -> Tensor:
+    """A matrix without gaps: with a slice or an expanded value for its second operand oneDNN takes a thousandfold."""
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
 def product(left: Tensor, right: Tensor, packed: bool = False) -> Tensor:
     """(M, K) @ (K, N), ``right`` packed or not."""
     linear = torch.ops.mkldnn._linear_pointwise
-    if packed:
-        return linear(left, right, None, "none", [], "")
-    if not left.is_contiguous() and left.numel() > right.numel():
+    if not packed and not left.is_contiguous() and left.numel() > right.numel():
         # The first operand must be contiguous: copy the smaller one, and give the transposed result.
-        return linear(right.t(), left, None, "none", [], "").t()
-    return linear(left, right.t(), None, "none", [], "")
+        return linear(right.t(), _dense(left), None, "none", [], "").t()
+    return linear(left, right if packed else _dense(right.t()), None, "none", [], "")
 
 
 def added(bias: Tensor, left: Tensor, right: Tensor, packed: bool = False) -> Tensor:
     """bias + (M, K) @ (K, N), the bias (N) or (M, N), ``right`` packed or not."""
     linear = torch.ops.mkldnn._linear_pointwise
-    weight = right if packed else right.t()
+    weight = right if packed else _dense(right.t())
     if bias.dim() == 1:
         return linear(left, weight, bias, "none", [], "")
     if bias.shape[0] != left.shape[0]:
