@@ -54,7 +54,7 @@ SPECS = (
     "minlstm",
     "lru",
 )
-PARAMETERS, BATCH, RATES, SEED = 20_000, 64, (2e-3, 1e-2), 1
+PARAMETERS, FEATURES, BATCH, RATES, SEED = 20_000, 48, 64, (2e-3, 1e-2), 1
 UPDATES = {"adding": 1000, "copy": 1200, "text": 600}
 UNITS = {"adding": "squared error", "copy": "share right", "text": "bits per character"}
 LENGTH, SYMBOLS, SHOWN, BLANKS, WINDOW = 60, 8, 5, 30, 100
@@ -88,27 +88,27 @@ def manual() -> tuple[Tensor, int]:
 
 
 class Reader(nn.Module):
-    """A cell, and a linear map of its output."""
+    """A map of what is read to 48 features, a cell, and a linear map of its output."""
 
-    def __init__(self, spec: str, inputs: int, outputs: int) -> None:
+    def __init__(self, spec: str, write: nn.Module, outputs: int) -> None:
         super().__init__()
-        self.cell = make_cell(spec, inputs, _width(spec, inputs))
+        self.write, self.cell = write, make_cell(spec, FEATURES, units(spec))
         self.read = nn.Linear(output_size(self.cell), outputs)
 
     def forward(self, xs: Tensor, state: object = None) -> tuple[Tensor, object]:
-        ys, state = elman.scan(self.cell, xs, state)
+        ys, state = elman.scan(self.cell, self.write(xs), state)
         return self.read(ys), state
 
 
-def _width(spec: str, inputs: int) -> int:
+def units(spec: str) -> int:
     """The number of units with which the cell has the number of parameters that all have."""
     low, high = 4, 2000
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            count = sum(p.numel() for p in make_cell(spec, inputs, middle).parameters())
+            count = sum(p.numel() for p in make_cell(spec, FEATURES, middle).parameters())
         except elman.errors.OptionError:  # a width that does not fall into groups
-            count = sum(p.numel() for p in make_cell(spec, inputs, 5 * (middle // 5) or 5).parameters())
+            count = sum(p.numel() for p in make_cell(spec, FEATURES, 5 * (middle // 5) or 5).parameters())
         low, high = (middle, high) if count <= PARAMETERS else (low, middle)
     return 5 * (low // 5)
 
@@ -117,13 +117,13 @@ def run_adding(spec: str, rate: float, updates: int) -> float:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return F.mse_loss(model(batch[0])[0][-1, :, 0], batch[1])
 
-    model = Reader(spec, 2, 1)
+    model = Reader(spec, nn.Linear(2, FEATURES), 1)
     _fit(model, (loss(model, adding(BATCH)) for _ in range(updates)), rate, updates)
     return loss(model, adding(2000)).item()
 
 
 def run_copy(spec: str, rate: float, updates: int) -> float:
-    model = Reader(spec, SYMBOLS + 2, SYMBOLS)
+    model = Reader(spec, nn.Linear(SYMBOLS + 2, FEATURES), SYMBOLS)
 
     def losses() -> Iterator[Tensor]:
         for _ in range(updates):
@@ -140,8 +140,7 @@ def run_text(spec: str, rate: float, updates: int) -> float:
     held_out = ids[-len(ids) // 20 :]
     ids = ids[: -len(ids) // 20]
     streams = ids[: len(ids) // BATCH * BATCH].view(BATCH, -1).T
-    embedding, reader = nn.Embedding(size, 48), Reader(spec, 48, size)
-    model = nn.ModuleList([embedding, reader])
+    model = Reader(spec, nn.Embedding(size, FEATURES), size)
 
     def losses() -> Iterator[Tensor]:
         state, at = None, 0
@@ -149,7 +148,7 @@ def run_text(spec: str, rate: float, updates: int) -> float:
             if at + WINDOW + 1 > len(streams):
                 state, at = None, 0
             part = streams[at : at + WINDOW + 1]
-            o, state = reader(embedding(part[:-1]), state)
+            o, state = model(part[:-1], state)
             state = torch.utils._pytree.tree_map(Tensor.detach, state)
             at += WINDOW
             yield F.cross_entropy(o.flatten(0, 1), part[1:].flatten())
@@ -157,7 +156,7 @@ def run_text(spec: str, rate: float, updates: int) -> float:
     _fit(model, losses(), rate, updates)
     rows = held_out[: (len(held_out) - 1) // 16 * 16 + 1]
     xs, targets = rows[:-1].view(16, -1).T, rows[1:].view(16, -1).T
-    o, _ = reader(embedding(xs))
+    o, _ = model(xs)
     return F.cross_entropy(o.flatten(0, 1), targets.flatten()).item() / math.log(2)
 
 
@@ -223,7 +222,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         found = pool.imap(partial(one, quick=given.quick), jobs)
         for spec in SPECS:
-            row: dict[str, float] = {"units": _width(spec, 48), "seconds": 0.0}
+            row: dict[str, float] = {"units": units(spec), "seconds": 0.0}
             for task in TASKS:
                 results = [next(found) for _ in RATES]
                 row[task] = round((max if task == "copy" else min)(value for value, _ in results), 4)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from elman.checkpoint import RunDirectory, load_tensors, read_json, save_tensors, write_atomic
-from elman.config import Config
+from elman.config import Config, Model
 from elman.errors import RunError
 
 TENSORS = {
@@ -85,6 +86,42 @@ def test_what_an_interrupted_beginning_left_is_used(tmp_path: Path) -> None:
     (run / "checkpoints").mkdir(parents=True)
     (run / ".config.json.tmp").write_text("{")
     assert RunDirectory.create(run, Config()).config() == Config()
+
+
+@pytest.mark.parametrize("replacements", [0, 1, 2])
+@pytest.mark.parametrize("there", [False, True], ids=["new", "overwritten"])
+def test_a_beginning_with_cell_files_that_was_interrupted(
+    there: bool, replacements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replace, left = tmp_path / "run", os.replace, replacements
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(f"# {name}")
+    spec = f"stack({tmp_path / 'a.py'}:A, {tmp_path / 'b.py'}:B)"
+    config = Config(model=Model(cell=spec))
+    if there:
+        RunDirectory.create(path, config)
+
+    def limited(*names: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", limited)
+    with pytest.raises(KeyboardInterrupt):
+        RunDirectory.create(path, config, overwrite=there)
+    monkeypatch.undo()
+    run = RunDirectory.create(path, config)
+    assert [copy.read_text() for copy in sorted(run.cells.glob("*.py"))] == ["# a.py", "# b.py"]
+    assert run.trusted_cell(True).files == [str(run.cells / "a.py"), str(run.cells / "b.py")]
+
+
+def test_a_folder_of_cells_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "mine.py").write_text("mine")
+    with pytest.raises(RunError, match="nothing is written there"):
+        RunDirectory.create(tmp_path, Config())
 
 
 def test_overwriting_removes_only_files_of_a_run(tmp_path: Path) -> None:

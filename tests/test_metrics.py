@@ -167,7 +167,7 @@ def test_impossible_order(order):
 def test_bad_ids():
     with pytest.raises(DataError, match="empty"):
         unigram(np.array([], int), np.array([0, 1]), 2)
-    with pytest.raises(DataError, match="1 tokens"):
+    with pytest.raises(DataError, match="1 token,"):
         unigram(np.array([0]), np.array([0]), 2)
     for ids in ([2], [-1]):
         with pytest.raises(InputError, match="from 0 to 1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,15 @@ def test_a_cut_off_last_line_of_metrics_is_left_out(tmp_path: Path) -> None:
 def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
     draw_losses(tmp_path / "none", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_goes_on_when_nobody_reads_any_more() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream:
+        reporter = Reporter(stream)
+        os.close(reading)
+        reporter.note("one")
+        reporter.note("two")
+        reporter.close()
+        assert reporter.quiet
+        print("what others write there goes nowhere", file=stream, flush=True)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import elman
+from cellspecs import NAMES, spec_of
 from elman.cells import CELLS, ElmanCell, GRUCell, LSTMCell
 from elman.combinators import COMBINATORS, Highway, Residual, Stack
 from elman.errors import CellError, OptionError
-from elman.spec import make_cell, parse_spec
+from elman.spec import make_cell, parse_spec, usage
 
 MINE = """
 import torch
@@ -77,6 +78,8 @@ def test_options_reach_the_constructor() -> None:
     assert make_cell("gru(reset_after=False)", 3, 4).reset_after is False
     assert make_cell("stack(2, gru, dropout=.5)", 3, 4).dropout == 0.5
     assert make_cell("highway(elman, carry_bias=-2.5e0)", 4, 4).gate.bias.tolist() == [-2.5] * 4
+    assert make_cell("leaky(elman, learned)", 3, 4).alpha == "learned"
+    assert make_cell("weight_drop(learned_state(gru), 0.2, weights=cell.weight_hh)", 3, 4).p == 0.2
     assert make_cell("elman", 3, 4, dtype=torch.float64, squash="relu").weight_ih.dtype == torch.float64
 
 
@@ -124,7 +127,8 @@ def test_files_are_found_and_moved(mine: str) -> None:
         ("3", "a spec begins with the name of a cell"),
         ("lstm(", "an argument is missing here"),
         ("stack(2, lstm", r"',' or '\)' is missing here"),
-        ("lstm)", "nothing may follow"),
+        ("lstm)", "nothing may follow a cell"),
+        ("lstm, gru", r"several cells in stack"),
         ("lstm(16,,)", "an argument is missing here"),
         ("lstm(16 17)", r"',' or '\)' is missing here"),
         ("lstm(16, $)", "this cannot be read"),
@@ -136,7 +140,19 @@ def test_files_are_found_and_moved(mine: str) -> None:
         ("stack(2, lstm, drop=0.1)", "did you mean 'dropout'"),
         ("lstm(16, peephole)", "did you mean 'peepholes'"),
         ("lstm(16, squash=thanh)", "did you mean 'tanh'"),
-        ("lstm(16, 17)", "takes a value without a name for none of its options"),
+        ("lstm(16, 17)", "takes a value without a name only for its width"),
+        ("lstm(1.5)", "takes a value without a name only for its width, a whole number"),
+        ("residual(lstm, 3)", "takes a value without a name for none of its options"),
+        ("delay(gru)", r"needs d\. It is written delay\(cell, d\)"),
+        ("delay(gru, two)", "unknown cell or option in delay"),
+        ("highway(lstm, carry_bias=much)", "carry_bias must be a number, got much"),
+        ("highway(lstm, carry_bias)", "carry_bias must be a number, got True"),
+        ("clockwork(elman, 3)", r"periods must be a list, each a whole number, got 3"),
+        ("clockwork(elman, [1, two])", r"periods must be a list, each a whole number, got \[1, two\]"),
+        ("lstm(peepholes=1)", "peepholes must be true or false, got 1"),
+        ("feedback(gru, readout=tanh)", "unknown option of 'feedback' 'readout'"),
+        ("leaky(lsttm, learned)", "did you mean 'lstm'"),
+        ("stack(2, mine.py)", "which class of this file"),
         ("lstm(gru)", "lstm is no combinator, so gru cannot stand in it"),
         ("lstm(peepholes, peepholes=true)", "peepholes is given twice"),
         ("residual", "goes around one cell; it was given none"),
@@ -153,6 +169,26 @@ def test_what_is_wrong_is_said(spec: str, message: str) -> None:
         make_cell(spec, 5, 8)
 
 
+def test_options_beside_a_spec_of_several_cells_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"stack\(2, lstm\) is made of several cells, so whose peepholes is meant"):
+        make_cell("stack(2, lstm)", 5, 8, peepholes=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_usage_names_every_option_with_a_default_that_can_be_written(name: str) -> None:
+    spec = spec_of(name)
+    _, _, inside = usage(name).rstrip(")").partition("(")
+    defaults = [part for part in inside.split(", ") if "=" in part and part.partition("=")[0] not in spec]
+    written = make_cell(", ".join([spec.rstrip(")"), *defaults]) + ")", 6, 8)
+    assert repr(written) == repr(make_cell(spec, 6, 8))
+
+
+def test_names_for_directories() -> None:
+    spec = parse_spec("stack(residual(lstm(5, layer_norm)), highway(a/My.py:Own), lstm)")
+    assert spec.names == ["stack", "lstm", "own"]
+    assert parse_spec("gru").names == ["gru"]
+
+
 def test_the_place_is_shown() -> None:
     with pytest.raises(OptionError) as caught:
         make_cell("stack(2, lstm(16 peepholes))", 5, 8)
@@ -165,6 +201,23 @@ def test_a_users_cell_with_an_unknown_option(mine: str) -> None:
         make_cell(f"{mine}(8, raten=3)", 5, 8)
 
 
+def test_a_users_cell_that_must_be_given_more(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE.replace("rate=0.5", "rate, *, slow=False"))
+    with pytest.raises(OptionError, match=r"Mine needs rate\. It is written Mine\(width, rate, slow=false\)"):
+        make_cell(f"{path}:Mine", 5, 8)
+    assert make_cell(f"stack({path}:Mine(8, 0.25))", 5, 8).cells[0].rate == 0.25
+
+
+def test_a_file_runs_once_until_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    below, above = make_cell(f"stack(2, {path}:Mine)", 5, 8).cells
+    assert type(below) is type(above)
+    path.write_text(MINE.replace("0.5", "0.75"))
+    assert make_cell(f"{path}:Mine", 5, 8).rate == 0.75
+
+
 def test_parts_that_do_not_fit() -> None:
     with pytest.raises(CellError, match=r"cell 1 \(ElmanCell\) reads 5 features, and cell 0 \(GRUCell\) gives 4"):
         Stack([GRUCell(3, 4), ElmanCell(5, 2)])
@@ -174,7 +227,7 @@ def test_parts_that_do_not_fit() -> None:
         Residual(nn.Identity())
 
 
-@pytest.mark.parametrize("name", sorted({*CELLS, *COMBINATORS}))
+@pytest.mark.parametrize("name", NAMES)
 def test_no_name_means_two_things(name: str) -> None:
     assert (name in CELLS) != (name in COMBINATORS)
     assert name == name.lower()

@@ -1,8 +1,9 @@
 """elman: write the recurrence, get the kernel.
 
-``scan`` unfolds any step through time; ``explain`` shows what becomes of it; ``record`` marks a value to look at.
-Cells are single steps; ``RNN``, ``LSTM`` and ``GRU`` are torch.nn's layers on the same engine; ``load`` opens a
-trained run. Each is loaded on first use, so that ``import elman`` costs nothing by itself.
+``scan`` unfolds any step through time; ``explain`` and ``draw`` show what becomes of it, ``path_lengths`` how far its
+values are apart; ``record`` marks a value to look at. Cells are single steps, and combinators make cells of cells;
+``RNN``, ``LSTM`` and ``GRU`` are torch.nn's layers on the same engine; ``load`` opens a trained run. What is no single
+step is in ``networks``. Each is loaded on first use, so that ``import elman`` costs nothing by itself.
 """
 
 from importlib import import_module
@@ -10,9 +11,43 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cells import ElmanCell, GRUCell, LSTMCell
+    from .cells import (
+        DenseCell,
+        ElmanCell,
+        GRUCell,
+        IRNNCell,
+        LRUCell,
+        LSTMCell,
+        MinGRUCell,
+        MinimalGatedCell,
+        MinLSTMCell,
+        QRNNCell,
+        SLSTMCell,
+        SRUCell,
+    )
+    from .combinators import (
+        Attend,
+        Clockwork,
+        Conditioned,
+        Deep,
+        Delay,
+        Feedback,
+        Highway,
+        Leaky,
+        LearnedState,
+        Masked,
+        Noise,
+        Residual,
+        Stack,
+        TimeSkip,
+        VariationalDropout,
+        WeightDrop,
+        Zoneout,
+    )
+    from .drawing import draw
     from .explaining import explain
     from .layers import GRU, LSTM, RNN
+    from .paths import path_lengths
     from .recording import record
     from .runs import load
     from .unfold import Recording, scan
@@ -21,24 +56,93 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Attend",
+    "Clockwork",
+    "Conditioned",
+    "Deep",
+    "Delay",
+    "DenseCell",
     "ElmanCell",
+    "Feedback",
     "GRUCell",
+    "Highway",
+    "IRNNCell",
+    "LRUCell",
     "LSTMCell",
+    "Leaky",
+    "LearnedState",
+    "Masked",
+    "MinGRUCell",
+    "MinLSTMCell",
+    "MinimalGatedCell",
+    "Noise",
+    "QRNNCell",
     "Recording",
+    "Residual",
+    "SLSTMCell",
+    "SRUCell",
+    "Stack",
+    "TimeSkip",
+    "VariationalDropout",
+    "WeightDrop",
+    "Zoneout",
+    "draw",
     "explain",
     "load",
+    "path_lengths",
     "record",
     "scan",
 ]
 __version__ = "0.1.0"
 
 _HOME = {
-    "cells": ("ElmanCell", "GRUCell", "LSTMCell"),
+    "cells": (
+        "DenseCell",
+        "ElmanCell",
+        "GRUCell",
+        "IRNNCell",
+        "LRUCell",
+        "LSTMCell",
+        "MinGRUCell",
+        "MinLSTMCell",
+        "MinimalGatedCell",
+        "QRNNCell",
+        "SLSTMCell",
+        "SRUCell",
+    ),
+    "combinators": (
+        "Attend",
+        "Clockwork",
+        "Conditioned",
+        "Deep",
+        "Delay",
+        "Feedback",
+        "Highway",
+        "Leaky",
+        "LearnedState",
+        "Masked",
+        "Noise",
+        "Residual",
+        "Stack",
+        "TimeSkip",
+        "VariationalDropout",
+        "WeightDrop",
+        "Zoneout",
+    ),
+    "drawing": ("draw",),
     "explaining": ("explain",),
-    "layers": ("GRU", "LSTM", "RNN"),
+    "layers": (
+        "GRU",
+        "LSTM",
+        "RNN",
+    ),
+    "paths": ("path_lengths",),
     "recording": ("record",),
     "runs": ("load",),
-    "unfold": ("Recording", "scan"),
+    "unfold": (
+        "Recording",
+        "scan",
+    ),
 }
 
 

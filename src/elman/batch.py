@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from .errors import DataError, OptionError, RunError
+from .errors import DataError, OptionError, RunError, counted
 
 __all__ = ["Streams", "Window", "evaluation_windows"]
 
@@ -103,7 +103,7 @@ def evaluation_windows(
     """
     _check(batch, window)
     if len(ids) < 2:
-        raise DataError(f"the text has {len(ids)} tokens, and the first is not predicted: give at least 2")
+        raise DataError(f"the text has {counted(len(ids))}, and the first is not predicted: give at least 2")
     return _evaluation_windows(ids, max(1, min(batch, (len(ids) - 1) // window)), window, device)
 
 
@@ -137,10 +137,11 @@ def _too_short(tokens: int, batch: int, window: int) -> str:
     fixes = [f"--batch {(tokens - 1) // window} or less, "] if tokens > window else []
     fixes += [f"--window {(tokens - 1) // batch} or less, "] if tokens > batch else []
     return (
-        f"the text has {tokens} tokens, and {batch} streams with windows of {window} need {needed}: give "
+        f"the text has {counted(tokens)}, and {counted(batch, 'stream')} with windows of {window} need {needed}: give "
         f"{''.join(fixes)}{'or ' if fixes else ''}a longer text"
     )
 
 
 def _words(shape: dict[str, int]) -> str:
-    return f"{shape['batch']} streams with windows of {shape['window']} over {shape['tokens']} tokens"
+    streams, tokens = counted(shape["batch"], "stream"), counted(shape["tokens"])
+    return f"{streams} with windows of {shape['window']} over {tokens}"

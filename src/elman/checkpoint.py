@@ -1,6 +1,6 @@
 """Run directories and checkpoints: safetensors and JSON only, each file whole or absent, nothing unpickled.
 
-RUN/config.json               format version, settings, the user's own cell file and its hash
+RUN/config.json               format version, settings, the users' own cell files and their hashes
 RUN/data.json                 hash of the text that was trained on
 RUN/tokenizer.json            symbols and their numbers
 RUN/model.safetensors         the best weights so far (by validation)
@@ -8,7 +8,7 @@ RUN/checkpoints/last.safetensors, best.safetensors
                               everything that continuing needs
 RUN/metrics.jsonl, loss.png   what happened
 RUN/result.json               held-out figures of a finished run
-RUN/cell.py                   copy of the user's own cell file, where there is one
+RUN/cells/NAME.py             copies of the users' own cell files, where the cell names any
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .config import Config, build_config
 from .errors import OptionError, RunError
+from .spec import Spec, parse_spec
 
 __all__ = [
     "FORMAT",
@@ -42,7 +43,9 @@ __all__ = [
     "write_json",
 ]
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the layout of a run directory and of the names of its weights. 2: a network holds one cell, a stack of
+layers; the files of users' cells lie in cells/."""
 
 _KNOWN = (
     "model.safetensors",
@@ -51,7 +54,7 @@ _KNOWN = (
     "result.json",
     "tokenizer.json",
     "data.json",
-    "cell.py",
+    "cell.py",  # of format 1
     "checkpoints/last.safetensors",
     "checkpoints/best.safetensors",
     "config.json",  # last: while it stands, the directory is still a run that can be overwritten
@@ -70,33 +73,33 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.picture_file = self.path / "loss.png"
         self.result_file = self.path / "result.json"
-        self.cell_file = self.path / "cell.py"
+        self.cells = self.path / "cells"
         self.last_file = self.path / "checkpoints" / "last.safetensors"
         self.best_file = self.path / "checkpoints" / "best.safetensors"
 
     @classmethod
     def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> RunDirectory:
-        """A new run directory holding ``config`` and a copy of the user's own cell file, if one is named.
+        """A new run directory holding ``config`` and copies of the users' own cell files that its cell names.
 
         Raises RunError when the directory already holds a run (``overwrite=True`` removes its files first) or
         anything else (never removed).
         """
+        sources = {file: _read(file, "the cell file") for file in parse_spec(config.model.cell).files}
         run = cls.check_free(path, overwrite=overwrite)
         if run.config_file.exists():
             run._clear()
         try:
             run.last_file.parent.mkdir(parents=True, exist_ok=True)
+            if sources:
+                run.cells.mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(
                 f"cannot create {run.path}: {error.strerror}. Choose another directory with --out."
             ) from error
-        cell = None
-        file, name = split_cell(config.model.cell)
-        if file is not None:
-            source = _read(file, "the cell file")
-            write_atomic(run.cell_file, source)
-            cell = {"class": name, "sha256": hashlib.sha256(source).hexdigest()}
-        run.write_config(config, cell)
+        files = _copies(sources)
+        for file, source in sources.items():
+            write_atomic(run.cells / files[file]["copy"], source)
+        run.write_config(config, files)
         return run
 
     @classmethod
@@ -114,7 +117,7 @@ class RunDirectory:
                     f"{run.path} already holds a run. Choose another directory with --out, replace the run with "
                     f"--overwrite, or continue it with: {run.command('resume')}"
                 )
-        elif run.path.exists() and not (run.path.is_dir() and all(map(_leftover, run.path.iterdir()))):
+        elif run.path.exists() and not (run.path.is_dir() and _leftover(run.path)):
             raise RunError(
                 f"{run.path} exists and is not a run directory of elman, so nothing is written there. "
                 f"Choose another directory with --out."
@@ -131,17 +134,19 @@ class RunDirectory:
         if content.get("format") != FORMAT:
             raise RunError(
                 f"{run.path} has run format {content.get('format')!r}, and this version of elman reads "
-                f"format {FORMAT}. Use the version that wrote it: {content.get('elman', 'unknown')}."
+                f"format {FORMAT}. Train it again, with --overwrite, or use the version of elman that wrote it "
+                f"({content.get('elman', 'unknown')})."
             )
         return run
 
-    def write_config(self, config: Config, cell: Mapping[str, str] | None) -> None:
+    def write_config(self, config: Config, files: Mapping[str, Mapping[str, str]]) -> None:
+        """Write settings and, as ``cell_files`` gives them, the records of the users' own cell files."""
         from . import __version__
 
         content = {
             "format": FORMAT,
             "elman": __version__,
-            "cell_file": cell,
+            "cell_files": files,
             "settings": config.model_dump(mode="json"),
         }
         write_json(self.config_file, content)
@@ -153,40 +158,62 @@ class RunDirectory:
         except (KeyError, TypeError, OptionError) as error:
             raise RunError(f"{self.config_file} is damaged: {error}. Restore it, or train again.") from error
 
-    def cell(self) -> dict[str, str] | None:
-        """Class and hash of the user's own cell file; None for a run with a cell of elman."""
-        return read_json(self.config_file).get("cell_file")
+    def spec(self) -> Spec:
+        """The cell of the run as it was given. Raises RunError when the file is damaged."""
+        try:
+            return parse_spec(self.config().model.cell)
+        except OptionError as error:
+            raise RunError(f"{self.config_file} is damaged: {error} Restore it, or train again.") from error
 
-    def trusted_cell(self, trust: bool) -> str | None:
-        """``RUN/cell.py:Class`` when the run has the user's own cell; None when it has not.
+    def cell_files(self) -> dict[str, dict[str, str]]:
+        """For each user's own cell file, as the cell names it, its ``copy`` (a name in RUN/cells) and ``sha256``.
 
-        Raises RunError without ``trust``, because loading runs the code of that file, and when the file is no
-        longer the one that was trained with.
+        Raises RunError when these are not the files that the cell names, or the copy of one lies elsewhere.
         """
-        cell = self.cell()
-        if cell is None:
-            return None
-        if not trust:
-            raise RunError(
-                f"{self.path} was trained with its own cell, {cell['class']} in {self.cell_file}, and "
-                f"loading it runs that code. Read the file, and if you trust it, add --trust (in Python: "
-                f"trust=True)."
+        files = read_json(self.config_file).get("cell_files")
+        try:
+            sound = sorted(files) == sorted(self.spec().files) and all(
+                Path(file["copy"]).name == file["copy"] and isinstance(file["sha256"], str) for file in files.values()
             )
-        if hashlib.sha256(_read(self.cell_file, "the cell file")).hexdigest() != cell["sha256"]:
+        except (AttributeError, KeyError, TypeError):
+            sound = False
+        if not sound:
             raise RunError(
-                f"{self.cell_file} is not the file this run was trained with: its SHA-256 is not the "
-                f"recorded {cell['sha256'][:16]}…. Restore the file, or train again with the changed one."
+                f"{self.config_file} is damaged: its cell_files are not those that its cell names. Restore it, or "
+                f"train again."
             )
-        return f"{self.cell_file}:{cell['class']}"
+        return files
+
+    def trusted_cell(self, trust: bool) -> Spec:
+        """The cell of the run; where it names users' own files, they are the run's copies of them.
+
+        Raises RunError without ``trust`` where it names any, because loading then runs their code, and when a copy is
+        no longer the file that was trained with.
+        """
+        files = self.cell_files()
+        copies = {given: self.cells / file["copy"] for given, file in files.items()}
+        if files and not trust:
+            places = " and ".join(map(str, copies.values()))
+            raise RunError(
+                f"{self.path} was trained with a cell of its own, {_classes(self.spec())} in {places}, and "
+                f"loading it runs that code. Read it, and if you trust it, add --trust (in Python: trust=True)."
+            )
+        for given, file in files.items():
+            if hashlib.sha256(_read(copies[given], "the cell file")).hexdigest() != file["sha256"]:
+                raise RunError(
+                    f"{copies[given]} is not the file this run was trained with: its SHA-256 is not the "
+                    f"recorded {file['sha256'][:16]}…. Restore the file, or train again with the changed one."
+                )
+        return self.spec().moved({given: str(copy) for given, copy in copies.items()})
 
     def command(self, verb: str, *more: object) -> str:
         """The command line ``elman VERB RUN MORE``, to be pasted into a shell: quoted, and with --trust where the
-        run has the user's own cell."""
+        run has a cell of a user's own."""
         name = str(self.path)
         words = ["elman", verb, f"./{name}" if name.startswith("-") else name, *map(str, more)]
         # A damaged config.json is reported by what opens the run, not by what only mentions it.
         with suppress(RunError):
-            words += ["--trust"] if self.cell() is not None else []
+            words += ["--trust"] if self.spec().files else []
         return shlex.join(words)
 
     @contextmanager
@@ -209,14 +236,32 @@ class RunDirectory:
 
     def _clear(self) -> None:
         with self.lock():
-            for name in _KNOWN:
+            copies: list[str] = []
+            with suppress(RunError):  # the copies of a damaged run, or of one of another format, are left
+                copies = [f"{self.cells.name}/{file['copy']}" for file in self.cell_files().values()]
+            for name in (*copies, *_KNOWN):
                 (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # where something else lies there too
+            self.cells.rmdir()
 
 
-def split_cell(cell: str) -> tuple[str | None, str]:
-    """``"my.py:MyCell"`` → ``("my.py", "MyCell")``; the name of a cell of elman → ``(None, name)``."""
-    file, colon, name = cell.rpartition(":")
-    return (file, name) if colon and file else (None, cell)
+def _copies(sources: Mapping[str, bytes]) -> dict[str, dict[str, str]]:
+    """Under what name each file is copied, none twice even where capitals do not count, and its hash."""
+    found: dict[str, dict[str, str]] = {}
+    taken: set[str] = set()
+    for file, source in sources.items():
+        path, number = Path(file), 1
+        name = path.name
+        while name.lower() in taken:
+            number += 1
+            name = f"{path.stem}-{number}{path.suffix}"
+        taken.add(name.lower())
+        found[file] = {"copy": name, "sha256": hashlib.sha256(source).hexdigest()}
+    return found
+
+
+def _classes(spec: Spec) -> str:
+    return ", ".join(dict.fromkeys(inner.name for inner in spec.nested() if inner.file is not None))
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -312,10 +357,11 @@ def _read(path: str | Path, what: str) -> bytes:
 
 
 def _leftover(path: Path) -> bool:
-    """What an interrupted ``create`` may have left before config.json stood."""
-    if path.name == "checkpoints":
-        return not any(path.iterdir())
-    return path.name in (".config.json.tmp", ".cell.py.tmp", "cell.py", ".lock")
+    """Whether a directory holds no more than an interrupted ``create`` may leave before config.json stands."""
+    found = {entry.name: entry for entry in path.iterdir()}
+    empty = all(not any(entry.iterdir()) for name, entry in found.items() if name == "checkpoints")
+    begun = not found or ".lock" in found or "checkpoints" in found  # what is made first
+    return begun and empty and found.keys() <= {".config.json.tmp", "checkpoints", "cells", ".lock"}
 
 
 def _sync_directory(path: Path) -> None:

@@ -53,10 +53,10 @@ class Data(Section):
 class Model(Section):
     """Embedding, a stack of cells, output projection."""
 
-    cell: str = Field(default="lstm", description="name of a cell, or file.py:MyCell")
-    cell_options: dict[str, Any] = Field(default_factory=dict, description="further options of the cell")
-    layers: int = Field(default=1, ge=1, description="cells on top of one another")
-    hidden: int = Field(default=256, ge=1, description="units of each layer (H)")
+    cell: str = Field(default="lstm", description="spec of a cell: a name, file.py:MyCell, stack(2, residual(lstm))")
+    cell_options: dict[str, Any] = Field(default_factory=dict, description="further options of a cell that is one name")
+    layers: int = Field(default=1, ge=1, description="times that the cell stands on top of itself")
+    hidden: int = Field(default=256, ge=1, description="units (H) of each cell whose width the spec does not say")
     embedding: int | None = Field(default=None, ge=1, description="width of the embedding; default: hidden")
     dropout_input: float = Field(default=0.0, ge=0, lt=1, description="dropout on the embedded symbols")
     dropout_between: float = Field(default=0.0, ge=0, lt=1, description="dropout between layers")
@@ -80,6 +80,8 @@ class Optim(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
     weight_decay: float = Field(default=0.01, ge=0, description="decay of matrices; vectors are not decayed")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    activation_penalty: float = Field(default=0.0, ge=0, description="times mean h² after dropout, in the gradient")
+    temporal_penalty: float = Field(default=0.0, ge=0, description="times mean (h(t+1) - h(t))², in the gradient")
     max_skipped: int = Field(default=25, ge=1, description="steps in a row with a non-finite gradient before giving up")
 
 

@@ -116,3 +116,8 @@ class TrainingError(ElmanError):
 
 class UnfoldWarning(UserWarning):
     """A step runs on the plain loop; names the operation, the user's line and the way out."""
+
+
+def counted(number: int, noun: str = "token") -> str:
+    """``1 token``, ``2 tokens``: how the messages count."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

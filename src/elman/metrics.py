@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import DataError, InputError, OptionError
+from .errors import DataError, InputError, OptionError, counted
 
 __all__ = ["Loss", "NGram", "bits", "n_gram", "perplexity", "unigram"]
 
@@ -127,7 +127,7 @@ class NGram:
         """−ln p per token of ``ids``, over all of them but the first; contexts do not reach before the
         first."""
         if len(ids) < 2:
-            raise DataError(f"the held-out text has {len(ids)} tokens, and the first is not predicted: give 2")
+            raise DataError(f"the held-out text has {counted(len(ids))}, and the first is not predicted: give 2")
         symbols = self._symbols(ids)
         probabilities = np.full(len(symbols), 1 / self.vocab_size)
         contexts = np.zeros(len(symbols) + 1, np.int64)  # number of the (k−1)-gram that starts at m, or −1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Reporter:
             self._live.update(Text(self._line(snapshot, now), no_wrap=True, overflow="ellipsis"))
         elif now - self._shown >= PLAIN_SECONDS:
             self._shown = now
-            print(self._line(snapshot, now), file=self.stream, flush=True)
+            self._print(self._line(snapshot, now))
 
     def validation(self, step: int, loss: float, bits: float | None, better: bool, sample: str | None) -> None:
         """A validation is done; ``sample`` is text drawn from the model, if any was."""
@@ -84,7 +85,16 @@ class Reporter:
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self.stream, flush=True)
+            self._print(text)
+
+    def _print(self, line: str) -> None:
+        """A plain line; when nobody reads on, as behind ``2>&1 | head``, training goes on without."""
+        try:
+            print(line, file=self.stream, flush=True)
+        except BrokenPipeError:
+            self.quiet = True
+            with open(os.devnull, "w") as nowhere:  # for what is left in the buffer, and what others write
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def close(self) -> None:
         """Take the live line away."""

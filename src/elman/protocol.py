@@ -29,6 +29,7 @@ __all__ = [
     "initial_state",
     "kind",
     "output_of",
+    "pair_of",
     "place",
     "start",
     "takes",
@@ -97,7 +98,7 @@ def initial_state(
             "Add the method, or pass state= to scan."
         )
     options: dict[str, Any] = {"device": device, "dtype": dtype}
-    if constants is not None and _takes_constants(type(cell)):
+    if constants is not None and _takes_constants(own.__func__ if hasattr(own, "__func__") else own):
         options["constants"] = constants
     try:
         return own(batch, **options)
@@ -146,9 +147,9 @@ def takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _takes_constants(kind: type) -> bool:
+def _takes_constants(method: Callable[..., Any]) -> bool:
     """Whether a cell's first state may depend on the constants."""
-    return "constants" in inspect.signature(kind.initial_state).parameters  # type: ignore[attr-defined]
+    return "constants" in inspect.signature(method).parameters
 
 
 def output_of(cell: nn.Module, result: Any) -> Any:
@@ -156,6 +157,18 @@ def output_of(cell: nn.Module, result: Any) -> Any:
     if type(cell) not in _TORCH_CELLS:
         return result
     return result[0] if isinstance(result, tuple) else result, result
+
+
+def pair_of(cell: nn.Module, result: Any) -> tuple[Any, Any]:
+    """``output_of``; CellError where it is no pair."""
+    result = output_of(cell, result)
+    if not isinstance(result, tuple) or len(result) != 2:
+        given = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        raise CellError(
+            f"{type(cell).__name__}.forward{written(cell.forward)} must return a pair (y, state); got {given}. "
+            "A step that has no output of its own returns its state twice."
+        )
+    return result
 
 
 class Protocol:
@@ -189,7 +202,7 @@ class Protocol:
                 else:
                     with _reparametrize_module(cell, inside, tie_weights=True):
                         result = cell(*args)
-            y, new = self._pair(output_of(cell, result))
+            y, new = pair_of(cell, result)
             self.y = Tree(y)
             if self.y.others:
                 self._only_tensors(self.y)
@@ -207,15 +220,6 @@ class Protocol:
     def forward(self) -> str:
         """``MyCell.forward (cell.py:12)``"""
         return f"{type(self.cell).__name__}.forward{written(self.cell.forward)}"
-
-    def _pair(self, result: Any) -> tuple[Any, Any]:
-        if not isinstance(result, tuple) or len(result) != 2:
-            given = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
-            raise CellError(
-                f"{self.forward} must return a pair (y, state); got {given}. "
-                "A step that has no output of its own returns its state twice."
-            )
-        return result
 
     def _only_tensors(self, y: Tree) -> None:
         for other in y.others:

@@ -12,7 +12,9 @@ from .config import Config, Machine, override
 from .errors import RunError
 from .machine import cache_directory, prepare, resolve
 from .metrics import bits, n_gram, unigram
+from .networks import LanguageModel
 from .progress import Reporter
+from .spec import Spec
 from .tasks.language_model import (
     Corpus,
     LanguageModelling,
@@ -36,7 +38,7 @@ def load(run_directory: str | Path, *, trust: bool = False, device: str = "cpu")
     """A trained model, ready to use, from its run directory.
 
     ``run_directory``: what ``elman train`` made. ``trust=True`` runs the code of the run's own cell, which a run
-    with a cell from a user's file needs and no other does; read RUN/cell.py first. ``device``: where the weights
+    with a cell from a user's file needs and no other does; read RUN/cells first. ``device``: where the weights
     go and the model computes, as torch names it ("cpu", "cuda", "cuda:1", "mps"), or "auto".
 
     Raises RunError when the directory holds no run, a damaged one, or one that needs ``trust``; OptionError for
@@ -57,10 +59,11 @@ def start(config: Config, out: Path, reporter: Reporter, *, overwrite: bool = Fa
     config = _absolute(resolve(config))
     corpus = open_corpus(config.data, cache_directory())
     task = _task(config, corpus)
+    task.try_step()
     run = RunDirectory.create(out, config, overwrite=overwrite)
     with run.lock():
         store_corpus(corpus, run)
-        return _fit(Trainer(task, run, config, reporter), corpus)
+        return _fit(Trainer(task, run, config, reporter), task.model, corpus)
 
 
 def resume(
@@ -77,11 +80,11 @@ def resume(
     result is returned, with ``"already": True``. Raises RunError when it cannot be continued.
     """
     run = RunDirectory.open(path)
-    own = run.trusted_cell(trust)
+    cell = run.trusted_cell(trust)
     with run.lock():
         config = override(run.config(), *changes, sections=CHANGEABLE)
         corpus = open_corpus(config.data, cache_directory(), run)
-        task = _task(config, corpus, own)
+        task = _task(config, corpus, cell)
         trainer = Trainer(task, run, config, reporter)
         if run.last_file.exists() or which is not None:
             trainer.restore(which or "last", _as_options(changes))
@@ -91,7 +94,7 @@ def resume(
             if run.result_file.exists():
                 return read_json(run.result_file) | {"run": str(run.path), "already": True}
             trainer.draw()
-            return _finish(trainer, corpus, trainer.outcome()) | {"already": True}
+            return _finish(trainer, task.model, corpus, trainer.outcome()) | {"already": True}
         if progress.finished is not None and trainer.fraction() >= 1.0:
             raise RunError(
                 f"{run.path} stands at step {progress.step:,} after {progress.seconds / 60:.1f} minutes, so "
@@ -99,9 +102,9 @@ def resume(
                 f"{run.command('resume', '--steps', 2 * progress.step)}"
             )
         if changes:
-            run.write_config(config, run.cell())
+            run.write_config(config, run.cell_files())
             progress.stale = 0
-        return _fit(trainer, corpus)
+        return _fit(trainer, task.model, corpus)
 
 
 def _as_options(changes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -115,15 +118,14 @@ def _as_options(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     return [word for name, value in pairs for word in ("--set", f"{name}={json.dumps(value)}")]
 
 
-def _task(config: Config, corpus: Corpus, own_cell: str | None = None) -> LanguageModelling:
+def _task(config: Config, corpus: Corpus, cell: Spec | None = None) -> LanguageModelling:
     device = prepare(config.machine)
-    settings = config.model if own_cell is None else config.model.model_copy(update={"cell": own_cell})
-    return LanguageModelling(config, corpus, build_model(settings, corpus.tokenizer.vocab_size), device)
+    return LanguageModelling(config, corpus, build_model(config.model, corpus.tokenizer.vocab_size, cell), device)
 
 
-def _fit(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
+def _fit(trainer: Trainer, model: LanguageModel, corpus: Corpus) -> dict[str, Any]:
     run, reporter, data = trainer.run, trainer.reporter, corpus.facts["train"]
-    parameters = sum(p.numel() for p in trainer.task.model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     reporter.note(
         f"{run.path}: {parameters:,} parameters; {len(corpus.train):,} symbols to train on, "
         f"{corpus.tokenizer.vocab_size} different; text {data['sha256'][:12]}"
@@ -134,18 +136,18 @@ def _fit(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
         reporter.close()
     if outcome.reason == "interrupted":
         return _summary(trainer, outcome)
-    return _finish(trainer, corpus, outcome)
+    return _finish(trainer, model, corpus, outcome)
 
 
-def _finish(trainer: Trainer, corpus: Corpus, outcome: Outcome) -> dict[str, Any]:
+def _finish(trainer: Trainer, model: LanguageModel, corpus: Corpus, outcome: Outcome) -> dict[str, Any]:
     """Evaluate the best weights on the test text, and write result.json.
 
     Ctrl-C leaves a trained run without result.json, which ``resume`` then finishes.
     """
     result = _summary(trainer, outcome)
     try:
-        model = TrainedLanguageModel.load(trainer.run, trust=True, device=str(trainer.config.machine.device))
-        result["test"] = model.evaluate(corpus.test).to_json()
+        trained = TrainedLanguageModel.of(trainer.run, model)
+        result["test"] = trained.evaluate(corpus.test).to_json()
         if len(corpus.train) <= COUNTABLE:
             result["baselines"] = _baselines(corpus)
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import DataError, InputError, OptionError, RunError, UsageError
+from .errors import DataError, InputError, OptionError, RunError, UsageError, counted
 from .tokencache import Entry, write_atomically
 
 __all__ = [
@@ -295,8 +295,8 @@ def split(tokens: Tokens | np.ndarray, valid: float, test: float) -> Split:
     for name, fraction in (("train", 1 - valid - test), ("valid", valid), ("test", test)):
         if fraction and sizes[name] < 2:
             raise DataError(
-                f"the text is too short: its {name} block, {fraction:.3g} of {len(ids)} tokens, has {sizes[name]} and "
-                f"needs at least 2. Give more text, hold out {'less' if name == 'train' else 'more'} of it "
+                f"the text is too short: its {name} block, {fraction:.3g} of {counted(len(ids))}, has {sizes[name]} "
+                f"and needs at least 2. Give more text, hold out {'less' if name == 'train' else 'more'} of it "
                 "(--set data.valid_fraction=…, --set data.test_fraction=…) or name held-out texts of their own "
                 "(--valid FILE, --test FILE)"
             )

@@ -37,7 +37,7 @@ BAD_TEXTS = {
     "binary": (b"abc\x00\x01\x02def" * 50, ["binary", "offset 3"]),
     "latin1": (b"caf\xe9 noir " * 50, ["not UTF-8", "0xe9", "offset 3", "iconv -f LATIN1", "--tokens byte"]),
     "short": (b"too short", ["9 tokens", "hold out more", "--set data.valid_fraction=", "--valid"]),
-    "one character": (b"a", ["1 tokens", "hold out less", "Give more text"]),
+    "one character": (b"a", ["1 token,", "hold out less", "Give more text"]),
 }
 
 

@@ -16,8 +16,7 @@ import torch
 from runs_common import OWN_CELL, TINY, Command, Outcome, write_text
 
 import elman
-from elman.checkpoint import RunDirectory
-from elman.cli.train import free_name
+from elman.checkpoint import FORMAT, RunDirectory
 from elman.runs import load
 
 
@@ -72,7 +71,15 @@ def test_training_learns_and_reports(command: Command, text: Path, tmp_path: Pat
     assert {"gradient_norm", "learning_rate", "tokens_per_second", "bits_per_character"} <= logs[0].keys()
     assert sum("valid_loss" in line for line in lines) == 20
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((out / "config.json").read_text())["format"] == 1
+    assert json.loads((out / "config.json").read_text())["format"] == FORMAT
+
+
+def test_a_model_that_learned_nothing_is_noted(command: Command, text: Path, tmp_path: Path) -> None:
+    options = ["--steps", "60", "--warmup", "0", "--hidden", "24", "--log-every", "20", "--quiet"]
+    for rate, noted in (("100", True), ("0.02", False)):
+        code, _, err = command("train", "lm", text, "--out", tmp_path / rate, *TINY, *options, "--lr", rate)
+        assert code == 0
+        assert ("no better than how often each symbol occurs" in err) == noted
 
 
 def test_evaluate_counts_and_agrees_with_score(command: Command, run: Path, tmp_path: Path) -> None:
@@ -186,7 +193,7 @@ def test_a_users_own_cell_needs_trust(command: Command, text: Path, tmp_path: Pa
     succeeded(command("resume", out, "--steps", "9", "--quiet", "--trust"))
     assert command("resume", out, "--steps", "12", "--quiet").code == 1
     load(out, trust=True)
-    cell = RunDirectory(out).cell_file
+    cell = RunDirectory(out).cells / "own.py"
     cell.write_text(cell.read_text() + "\nprint('changed')\n")
     code, shown, err = command("generate", out, "--length", "3", "--trust")
     assert code == 1
@@ -219,14 +226,6 @@ def test_own_validation_and_test_texts(command: Command, text: Path, tmp_path: P
 def test_without_files_the_built_in_text_is_used(command: Command, tmp_path: Path) -> None:
     succeeded(command("train", "lm", "--out", tmp_path / "run", *TINY, "--steps", "1", "--quiet"))
     assert json.loads((tmp_path / "run" / "data.json").read_text())["train"]["characters"] > 300_000
-
-
-def test_names_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert free_name((), "lstm") == Path("runs/python-manual-lstm")
-    assert free_name(("a/book.txt",), "own.py:Mine") == Path("runs/book-mine")
-    Path("runs/book-mine").mkdir(parents=True)
-    assert free_name(("a/book.txt",), "own.py:Mine") == Path("runs/book-mine-2")
 
 
 @pytest.mark.parametrize("level", ["plan", "program", "code"])
@@ -270,6 +269,7 @@ def test_doctor_finds_wrong_numbers(command: Command, monkeypatch: pytest.Monkey
         ["evaluate"],
         ["generate"],
         ["score"],
+        ["cells"],
         ["explain"],
         ["doctor"],
     ],
@@ -286,7 +286,7 @@ def test_help_leads_with_training(command: Command) -> None:
 
 def test_help_gives_examples_on_one_line(command: Command) -> None:
     """A command that help breaks in two would not work when it is pasted."""
-    for verb in ("train lm", "resume", "evaluate", "generate", "score", "explain"):
+    for verb in ("train lm", "resume", "evaluate", "generate", "score", "cells", "explain"):
         examples = re.findall(
             r"^\s*(?:Example: )?(elman .*)$", succeeded(command(*verb.split(), "--help")), re.MULTILINE
         )

@@ -168,9 +168,9 @@ def test_a_step_by_itself_copying_and_saving(make: Any) -> None:
 
 
 def test_mistakes_and_specs() -> None:
-    with pytest.raises(OptionError, match="VariationalDropout: state must be a probability"):
+    with pytest.raises(OptionError, match="VariationalDropout: state must be in"):
         VariationalDropout(GRUCell(D, H), state=1.0)
-    with pytest.raises(OptionError, match="WeightDrop: p must be a probability"):
+    with pytest.raises(OptionError, match="WeightDrop: p must be in"):
         WeightDrop(GRUCell(D, H), -0.1)
     with pytest.raises(OptionError, match="unknown parameter of GRUCell 'weight_h'"):
         WeightDrop(GRUCell(D, H), weights="weight_h")

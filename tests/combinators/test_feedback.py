@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import elman
 from comparing import compiled
 from elman.cells import ElmanCell, GRUCell, LSTMCell
-from elman.cells.dense import Dense
+from elman.cells.dense import DenseCell
 from elman.combinators.feedback import Feedback
 from elman.errors import CellError, InputError, OptionError
 from elman.networks.distribution import log_prob, sample
@@ -63,7 +63,7 @@ def test_the_jordan_network_is_its_formula(backend: str, forced: bool, feed: str
 
 @pytest.mark.parametrize("memory", [False, True])
 def test_only_an_own_output_or_a_memory_makes_a_loop(memory: bool) -> None:
-    inner = ElmanCell(D + O, H) if memory else Dense(D + O, H)
+    inner = ElmanCell(D + O, H) if memory else DenseCell(D + O, H)
     cell = Feedback(inner, nn.Linear(H, O)).double()
     state = cell.initial_state(BATCH, device=torch.device("cpu"), dtype=torch.float64)
     xs, targets = numbers(STEPS, BATCH, D), numbers(STEPS, BATCH, O)
@@ -97,7 +97,7 @@ def test_symbols_are_fed_as_one_hot_or_embedded(feed: str) -> None:
     embedding = nn.Embedding(O, 3)
     xs = numbers(STEPS, BATCH, D)
     for embed, width in ((None, O), (embedding, 3)):
-        cell = Feedback(Dense(D + width, H), nn.Linear(H, O), feed=feed, embed=embed).double()
+        cell = Feedback(DenseCell(D + width, H), nn.Linear(H, O), feed=feed, embed=embed).double()
         assert (cell.input_size, cell.output_size, cell.width) == (D, O, width)
         logits, _, recording = elman.scan(cell, xs, record=True)
         symbols = recording.values["choice"]
@@ -111,7 +111,7 @@ def test_symbols_are_fed_as_one_hot_or_embedded(feed: str) -> None:
 
 def test_a_drawn_symbol_has_the_probability_of_its_logit() -> None:
     blank = nn.Embedding.from_pretrained(torch.zeros(O, 1))  # so that both steps have the same logits
-    cell = Feedback(Dense(1, H), nn.Linear(H, O), feed="sample", embed=blank).double()
+    cell = Feedback(DenseCell(1, H), nn.Linear(H, O), feed="sample", embed=blank).double()
     nn.init.normal_(cell.readout.bias)
     draws = 40_000
     logits, _, recording = elman.scan(cell, numbers(2, draws, 0), record=True)
@@ -163,7 +163,7 @@ def test_any_cell_inside(inner: Any) -> None:
 
 
 def test_constants_reach_the_cell_inside() -> None:
-    class Shifted(Dense):
+    class Shifted(DenseCell):
         def forward(self, x: Tensor, state: tuple[()], constants: Tensor) -> tuple[Tensor, tuple[()]]:
             return super().forward(x, state)[0] + constants, state
 
@@ -185,7 +185,7 @@ def test_built_from_a_spec_it_knows_what_the_cell_inside_reads() -> None:
 def test_probabilities_of_all_sequences_sum_to_one(features: int, edge: bool, memory: bool) -> None:
     """With the edge y(t-1) → h(t) any joint distribution; without it the symbols are independent, given x."""
     symbols, steps = 3, 4
-    kind = ElmanCell if memory else Dense
+    kind = ElmanCell if memory else DenseCell
     inner = kind(features + (symbols if edge else 0), H)
     cell = Feedback(inner, nn.Linear(H, symbols)) if edge else Logits(inner, symbols)
     cell = cell.double()
@@ -216,7 +216,7 @@ class Logits(nn.Module):
 @pytest.mark.parametrize("edge", [False, True])
 def test_samples_come_as_often_as_their_probability_says(edge: bool) -> None:
     symbols, steps, draws = 2, 3, 40_000
-    inner = Dense(D + (symbols if edge else 0), H)
+    inner = DenseCell(D + (symbols if edge else 0), H)
     cell = Feedback(inner, nn.Linear(H, symbols), feed="sample") if edge else Logits(inner, symbols)
     for parameter in cell.double().parameters():
         nn.init.normal_(parameter)
@@ -242,9 +242,9 @@ MISTAKES = {
     "no cell": (lambda: Feedback(ElmanCell), CellError, "class ElmanCell"),
     "unknown feed": (lambda: jordan(D, H, O, feed="sofmax"), OptionError, "did you mean 'softmax'"),
     "no probability": (lambda: jordan(D, H, O, sampling=1.5), OptionError, "between 0 and 1, got 1.5"),
-    "too narrow": (lambda: Feedback(Dense(3, H), nn.Linear(H, O)), CellError, "3 features, fewer than the 4"),
-    "width unknown": (lambda: Feedback(Dense(9, H), nn.Tanh()), CellError, "how many features Tanh gives"),
-    "no width": (lambda: Feedback(Dense(9, H), width=0), OptionError, "width must be a positive integer, got 0"),
+    "too narrow": (lambda: Feedback(DenseCell(3, H), nn.Linear(H, O)), CellError, "3 features, fewer than the 4"),
+    "width unknown": (lambda: Feedback(DenseCell(9, H), nn.Tanh()), CellError, "how many features Tanh gives"),
+    "no width": (lambda: Feedback(DenseCell(9, H), width=0), OptionError, "width must be a positive integer, got 0"),
 }
 
 
@@ -257,7 +257,7 @@ def test_what_cannot_be_built(make: Any, error: type[Exception], says: str) -> N
 @pytest.mark.parametrize(
     ("xs", "says"),
     [
-        (torch.zeros(2, BATCH, D + 1), "x has 3 features, but Dense reads 6: 2 of x and 4"),
+        (torch.zeros(2, BATCH, D + 1), "x has 3 features, but DenseCell reads 6: 2 of x and 4"),
         ((torch.zeros(2, BATCH, D), torch.zeros(2, BATCH, O), torch.zeros(2, BATCH, 1)), "got tuple"),
         (torch.zeros(2, BATCH, D, 1), r"got \(3, 2, 1\)"),
         (

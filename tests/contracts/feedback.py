@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from elman.cells import ElmanCell, LSTMCell
-from elman.cells.dense import Dense
+from elman.cells.dense import DenseCell
 from elman.combinators import Stack
 from elman.combinators.feedback import Feedback
 from elman.networks.jordan import jordan
@@ -41,7 +41,7 @@ def remembering() -> Feedback:
 
 
 ROWS = {
-    "dense": Row(lambda: Dense(D, 4), loops=0),
+    "dense": Row(lambda: DenseCell(D, 4), loops=0),
     "Jordan, free": Row(lambda: jordan(D, 5, O), loops=1),
     "Jordan, forced": Row(lambda: jordan(D, 5, O), forced, loops=0),
     "Jordan, embedding the likeliest": Row(embedded, loops=1),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from elman.cells import ElmanCell, GRUCell, LSTMCell
-from elman.cells.dense import Dense
+from elman.cells.dense import DenseCell
 from elman.combinators import Residual, Stack
 from elman.errors import CellError, InputError, OptionError
 from elman.networks.bidirectional import Bidirectional
@@ -122,7 +122,7 @@ def reach(network: nn.Module, at: int) -> list[int]:
 def test_how_far_each_network_sees() -> None:
     assert reach(Bidirectional(ElmanCell(D, H), GRUCell(D, H)).double(), 3) == [*range(STEPS)]
     assert reach(Window(GRUCell(3 * D, H), 0, 2).double(), 3) == [0, 1, 2, 3, 4, 5]
-    assert reach(Window(Dense(3 * D, H), 1, 1).double(), 3) == [2, 3, 4]
+    assert reach(Window(DenseCell(3 * D, H), 1, 1).double(), 3) == [2, 3, 4]
     assert reach(Window(nn.Linear(4 * D, H), 2, 1).double(), 6) == [4, 5, 6]
 
 

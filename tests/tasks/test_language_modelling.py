@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def make(file: str, tmp_path: Path, **data: object) -> tuple[Config, LanguageModelling]:
-    config = build_config(SMALL, {"data": {"files": [file], **data}})
+def make(file: str, tmp_path: Path, *more: dict[str, Any], **data: object) -> tuple[Config, LanguageModelling]:
+    config = build_config(SMALL, {"data": {"files": [file], **data}}, *more)
     corpus = open_corpus(config.data, tmp_path / "cache")
     model = build_model(config.model, corpus.tokenizer.vocab_size)
     return config, LanguageModelling(config, corpus, model, torch.device("cpu"))
@@ -145,3 +146,61 @@ def test_unknown_cells_and_options() -> None:
     ):
         with pytest.raises(OptionError, match=words):
             build_model(build_config({"model": settings}).model, 9)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.7), (0.5, 0.7)])
+@pytest.mark.parametrize("window", [7, 1])
+def test_penalties_are_in_the_gradient_and_not_in_the_loss(
+    alpha: float, beta: float, window: int, file: str, tmp_path: Path
+) -> None:
+    settings = {
+        "optim": {"activation_penalty": alpha, "temporal_penalty": beta},
+        "model": {"cell": "stack(gru(4), elman(5))", "dropout_output": 0.3},
+    }
+    _, task = make(file, tmp_path, settings, window=window)
+    model = task.model.double()
+    parameters = dict(model.named_parameters())
+    torch.manual_seed(3)
+    loss, symbols = task.next_loss()
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    _, other = make(file, tmp_path, settings, window=window)
+    read = other.streams.next()
+    state, outputs = model.initial_state(3), []
+    for token in read.inputs:
+        h, state = model.cell(parameters["embedding.weight"][token], state)
+        outputs.append(h)
+    torch.manual_seed(3)
+    h = torch.stack(outputs)
+    dropped = torch.nn.functional.dropout(h, 0.3, training=True)
+    logits = dropped @ parameters["weight_out"].T + parameters["bias_out"]
+    chosen = torch.log_softmax(logits, -1).gather(-1, read.targets[..., None])
+    change = (h[1:] - h[:-1]).square().mean() if window > 1 else 0.0
+    whole = -chosen.mean() + alpha * dropped.square().mean() + beta * change
+    expected = torch.autograd.grad(whole, list(parameters.values()))
+    assert symbols == 3 * window
+    torch.testing.assert_close(loss, -chosen.mean(), rtol=1e-12, atol=0)
+    for name, got, right in zip(parameters, gradients, expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def test_a_penalty_makes_the_activations_small(file: str, tmp_path: Path) -> None:
+    sizes = []
+    for alpha in (0.0, 50.0):
+        torch.manual_seed(0)
+        _, task = make(file, tmp_path, {"optim": {"activation_penalty": alpha}})
+        optimizer = torch.optim.Adam(task.model.parameters(), lr=0.01)
+        for _ in range(30):
+            optimizer.zero_grad()
+            task.next_loss()[0].backward()
+            optimizer.step()
+        h, _ = task.model.activations(task.streams.next().inputs)
+        sizes.append(float(h.detach().square().mean()))
+    assert sizes[1] < 0.2 * sizes[0]
+
+
+def test_trying_a_step_changes_nothing(file: str, tmp_path: Path) -> None:
+    _, task = make(file, tmp_path, {"model": {"cell": "zoneout(gru)", "dropout_input": 0.5, "dropout_output": 0.5}})
+    before, drawn = task.state(), torch.get_rng_state()
+    task.try_step()
+    assert task.state() == before
+    assert torch.get_rng_state().equal(drawn)

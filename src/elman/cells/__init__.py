@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .dense import DenseCell
 from .elman import ElmanCell, IRNNCell
 from .gated import Common, GatedCell
 from .gru import GRUCell
@@ -20,6 +21,7 @@ __all__ = [
     "CELLS",
     "SQUASHES",
     "Common",
+    "DenseCell",
     "ElmanCell",
     "GRUCell",
     "GatedCell",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 CELLS: dict[str, type[GatedCell]] = {
+    "dense": DenseCell,
     "elman": ElmanCell,
     "gru": GRUCell,
     "irnn": IRNNCell,

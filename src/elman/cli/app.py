@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import look, train, use
+from . import draw, look, train, use
 
 __all__ = ["app"]
 
@@ -58,5 +58,7 @@ app.command("resume")(train.resume)
 app.command("evaluate")(use.evaluate)
 app.command("generate")(use.generate)
 app.command("score")(use.score)
+app.command("cells")(look.cells)
 app.command("explain")(look.explain)
+app.command("draw")(draw.draw)
 app.command("doctor")(look.doctor)

@@ -24,9 +24,11 @@ LM_EXAMPLES = """Examples:
 
   elman train lm book.txt more/*.txt --cell gru --layers 2 --epochs 10
 
-  elman train lm book.txt --out runs/book --config settings.yaml
+  elman train lm book.txt --cell "stack(3, residual(lstm(512, layer_norm)))"
 
-  elman train lm book.txt --set model.cell_options.peepholes=true
+  elman train lm book.txt --cell "stack(2, my.py:MyCell(128))"
+
+  elman train lm book.txt --out runs/book --config settings.yaml
 """
 
 RESUME_EXAMPLES = """Examples:
@@ -79,9 +81,12 @@ def lm(
     tokens: Annotated[str | None, _data("char or byte (default char).")] = None,
     batch: Annotated[int | None, _data("Streams read side by side (default 32).")] = None,
     window: Annotated[int | None, _data("Steps of back-propagation (default 128).")] = None,
-    cell: Annotated[str | None, _model("Name of a cell, or file.py:MyCell (default lstm).")] = None,
-    layers: Annotated[int | None, _model("Cells on top of one another (default 1).")] = None,
-    hidden: Annotated[int | None, _model("Units of each layer (default 256).")] = None,
+    cell: Annotated[
+        str | None,
+        _model("A name from 'elman cells', file.py:MyCell, or a spec of them (default lstm).", metavar="SPEC"),
+    ] = None,
+    layers: Annotated[int | None, _model("Times that the cell stands on top of itself (default 1).")] = None,
+    hidden: Annotated[int | None, _model("Units of a cell whose width SPEC does not say (default 256).")] = None,
     embedding: Annotated[int | None, _model("Width of the embedding (default: hidden).")] = None,
     dropout: Annotated[float | None, _model("Dropout on input, between layers, on output (default 0).")] = None,
     tie: Annotated[bool | None, _model("Share embedding and output weights (default no).", "--tie/--no-tie")] = None,
@@ -193,9 +198,11 @@ def given(options: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def free_name(files: tuple[str, ...], cell: str) -> Path:
-    """``runs/book-gru``, or with a number behind it when that is taken."""
-    text = Path(files[0]).stem if files else "python-manual"
-    name = f"{text}-{cell.rpartition(':')[2].lower()}"
+    """``runs/book-stack-gru``: text, outermost name and cells of the spec; numbered when that is taken."""
+    from ..spec import parse_spec
+
+    text = Path(files[0]).stem[:60] if files else "python-manual"
+    name = "-".join([text, *parse_spec(cell).names[:4]])[:100]
     number, path = 1, Path("runs") / name
     while path.exists():
         number += 1
@@ -211,12 +218,24 @@ def show_result(result: dict[str, Any], as_json: bool) -> None:
     elif not interrupted:
         for line in result_lines(result):
             print(line)
+    if not interrupted and unlearned(result):
+        print(
+            "note: the model predicts no better than how often each symbol occurs (unigram). Train for longer, or "
+            "lower the learning rate (--lr).",
+            file=sys.stderr,
+        )
     if interrupted:
         print(
             f"stopped and saved at step {result['steps']:,}. Continue with: {command(result, 'resume')}",
             file=sys.stderr,
         )
         raise typer.Exit(130)
+
+
+def unlearned(result: dict[str, Any]) -> bool:
+    """Whether the model is no better than counted symbols; one whose loss is no number is not."""
+    counted = result.get("baselines", {}).get("unigram")
+    return counted is not None and not result["test"]["bits_per_character"] < counted
 
 
 def command(result: dict[str, Any], verb: str, *more: object) -> str:

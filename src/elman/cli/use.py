@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import DataError, counted
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -109,9 +111,7 @@ def score(
     else:
         ids = read(model, file)
     if len(ids) < 2:
-        from ..errors import DataError
-
-        raise DataError(f"the text has {counted(len(ids))}, and the first is not scored: give at least 2.")
+        raise DataError(f"the text has {counted(len(ids), 'symbol')}, and the first is not scored: give at least 2.")
     costs = model.score(ids)
     newline = model.tokenizer.encode("\n")[0]
     rows: list[dict[str, Any]] = []
@@ -129,7 +129,7 @@ def score(
     for row in rows:
         rate = row["nats"] / math.log(2) / row["tokens"] if row["tokens"] else 0.0
         print(f"{row['nats']:10.3f} {rate:7.3f}  {row['text']}")
-    print(f"{total:10.3f} {total / math.log(2) / len(costs):7.3f}  in all, {counted(len(costs))}")
+    print(f"{total:10.3f} {total / math.log(2) / len(costs):7.3f}  in all, {counted(len(costs), 'symbol')}")
 
 
 def load(run: Path, trust: bool, device: str) -> TrainedLanguageModel:
@@ -149,14 +149,9 @@ def read(model: TrainedLanguageModel, file: Path) -> np.ndarray:
 def note_unknown(count: int, where: str) -> None:
     if count:
         print(
-            f"note: {where} has {counted(count)} that the training text has not, read as the unknown symbol.",
+            f"note: {where} has {counted(count, 'symbol')} that the training text has not, read as the unknown symbol.",
             file=sys.stderr,
         )
-
-
-def counted(number: int) -> str:
-    """``1 symbol``, ``2 symbols``."""
-    return f"{number:,} symbol{'' if number == 1 else 's'}"
 
 
 def heading(index: int, n: int) -> str:

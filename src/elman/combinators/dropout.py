@@ -8,20 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..cells.gated import probability
 from ..drawn import DropMask
 from ..errors import OptionError
 from ..types import Pytree, State
 from .masked import step_with
 from .nested import Wrapper, start, step
 
-__all__ = ["VariationalDropout", "WeightDrop", "probability"]
-
-
-def probability(owner: str, name: str, value: object) -> float:
-    """``value``, when it is a number in [0, 1); otherwise OptionError that names owner and option."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-        raise OptionError(f"{owner}: {name} must be a probability in [0, 1), got {value!r}.")
-    return float(value)
+__all__ = ["VariationalDropout", "WeightDrop"]
 
 
 class VariationalDropout(Wrapper):

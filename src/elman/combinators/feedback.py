@@ -46,7 +46,7 @@ class Feedback(Wrapper):
     ``feed`` is a function or a name in ``FEEDS``. F is ``width``, or what ``embed`` gives, or else O. A target has the
     form of what ``feed`` gives, or any that can be fed.
 
-    With a cell without memory (``Dense``), forced steps do not wait for one another: no loop. ``sampling`` is
+    With a cell without memory (``DenseCell``), forced steps do not wait for one another: no loop. ``sampling`` is
     scheduled sampling: while training, p(t) is feed(o(t)) instead of y(t) with that probability, drawn for each step
     and sequence; change it by ``cell.sampling.fill_(p)``. Records "choice", feed(o), where that is computed.
 

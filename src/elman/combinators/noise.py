@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..cells.gated import probability
 from ..errors import OptionError
 from ..types import Pytree, State
-from .dropout import probability
 from .leaky import blend
 from .nested import Wrapper, step
 

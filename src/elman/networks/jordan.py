@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..cells.dense import Dense
+from ..cells.dense import DenseCell
 from ..combinators.feedback import Feedback
 
 __all__ = ["jordan"]
@@ -34,5 +34,5 @@ def jordan(
     """
     width = options.get("width") or (output_size if options.get("embed") is None else options["embed"].embedding_dim)
     return Feedback(
-        Dense(input_size + width, hidden_size, squash=squash), nn.Linear(hidden_size, output_size), **options
+        DenseCell(input_size + width, hidden_size, squash=squash), nn.Linear(hidden_size, output_size), **options
     )

@@ -16,14 +16,15 @@ from torch.utils import _pytree as pytree
 
 from ..batch import Streams, evaluation_windows
 from ..checkpoint import RunDirectory, load_tensors, read_json, write_json
-from ..combinators import Stack
+from ..combinators import Attend, Conditioned, Stack
 from ..config import Config, Data, Model
 from ..decode import Sampler, generate
-from ..errors import DataError, RunError
+from ..errors import DataError, OptionError, RunError, counted
 from ..machine import autocast, cache_directory
 from ..metrics import Loss, bits
 from ..networks import LanguageModel
-from ..spec import parse_spec
+from ..penalties import activation_penalty, temporal_penalty
+from ..spec import Spec, parse_spec
 from ..text import StreamDecoder, Tokenizer, Tokens, split, tokenise, write_default_text
 from ..types import State
 
@@ -79,7 +80,8 @@ def open_corpus(data: Data, cache: Path, run: RunDirectory | None = None) -> Cor
     test_ids = test.ids if test is not None else (parts.test if valid is None else valid_ids)
     for name, ids, needed in (("validation", valid_ids, 2), ("test", test_ids, 2)):
         if len(ids) < needed:
-            raise DataError(f"the {name} text has {len(ids)} symbols and needs at least {needed}: give a longer one.")
+            has = counted(len(ids), "symbol")
+            raise DataError(f"the {name} text has {has} and needs at least {needed}: give a longer one.")
     return Corpus(tokenizer, parts.train, valid_ids, test_ids, facts)
 
 
@@ -89,21 +91,29 @@ def store_corpus(corpus: Corpus, run: RunDirectory) -> None:
     write_json(run.data_file, corpus.facts)
 
 
-def build_model(settings: Model, vocab_size: int) -> LanguageModel:
-    """The network that ``settings`` describe, freshly drawn.
+def build_model(settings: Model, vocab_size: int, cell: Spec | None = None) -> LanguageModel:
+    """The network that ``settings`` describe, freshly drawn, with ``cell`` instead of theirs for each of its layers.
 
-    Raises OptionError for an unknown cell or option of it.
+    Raises OptionError for an unknown cell or option of it and for a cell that reads constants, CellError for parts
+    that do not fit.
     """
     width = settings.embedding or settings.hidden
-    spec = parse_spec(settings.cell)
+    cell = cell or parse_spec(settings.cell)
 
     def make(reads: int) -> nn.Module:
-        return spec.make(reads, settings.hidden, **settings.cell_options)
+        return cell.make(reads, settings.hidden, **settings.cell_options)
 
+    stack = Stack.build(width, make, layers=settings.layers, dropout=settings.dropout_between)
+    asking = [type(part).__name__ for part in stack.modules() if isinstance(part, Attend | Conditioned)]
+    if asking:
+        raise OptionError(
+            f"{asking[0]} in {cell} reads constants beside the symbols, and a language model of a text has none. "
+            f"Leave it away here; in Python, scan(cell, xs, constants=…) gives them to a network of your own."
+        )
     return LanguageModel(
         vocab_size,
         width,
-        Stack.build(width, make, layers=settings.layers, dropout=settings.dropout_between),
+        stack,
         dropout_input=settings.dropout_input,
         dropout_output=settings.dropout_output,
         tie=settings.tie,
@@ -113,7 +123,9 @@ def build_model(settings: Model, vocab_size: int) -> LanguageModel:
 class LanguageModelling:
     """The training task: predict each symbol of contiguous streams, state carried from window to window.
 
-    ``loss = −(1/N) Σ log p(x(t+1) | x(1..t))`` in nats per symbol, gradients truncated at the windows.
+    ``loss = −(1/N) Σ log p(x(t+1) | x(1..t))`` in nats per symbol, gradients truncated at the windows. The gradient
+    is that of ``loss + α·mean(d²) + β·mean((h(t+1) − h(t))²)``, with the output h of the cell, d the same after
+    dropout, α ``optim.activation_penalty`` and β ``optim.temporal_penalty``; the loss itself is always the first term.
     """
 
     def __init__(self, config: Config, corpus: Corpus, model: LanguageModel, device: torch.device) -> None:
@@ -134,10 +146,32 @@ class LanguageModelling:
         window = self.streams.next()
         before = None if window.fresh else self._state
         with autocast(self.config.machine, self.device):
-            logits, after = self.model(window.inputs, before)
+            h, after = self.model.activations(window.inputs, before)
+            dropped = self.model.dropout_output(h)
+            logits = self.model.logits(dropped)
         self._state = pytree.tree_map_only(Tensor, Tensor.detach, after)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), window.targets.flatten())
+        loss = F.cross_entropy(_wide(logits.flatten(0, 1)), window.targets.flatten())
+        for penalty in self._penalties(_wide(h), _wide(dropped)):
+            loss = loss + (penalty - penalty.detach())  # its gradient, and nothing of its value
         return loss, window.targets.numel()
+
+    def _penalties(self, h: Tensor, dropped: Tensor) -> Iterator[Tensor]:
+        """Merity et al. 2017, section 4: AR on what dropout left of the output, TAR on the output itself."""
+        alpha, beta = self.config.optim.activation_penalty, self.config.optim.temporal_penalty
+        if alpha:
+            yield alpha * activation_penalty(dropped)
+        if beta:
+            yield beta * temporal_penalty(h)
+
+    def try_step(self) -> None:
+        """Run the model once over one symbol, so that what is wrong with a cell is found before anything is written.
+
+        Draws nothing from the random numbers of the training. Raises what ``scan`` raises.
+        """
+        self.model.eval()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), autocast(self.config.machine, self.device):
+            self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
 
     def forget(self) -> None:
         self._state = None
@@ -194,17 +228,19 @@ class TrainedLanguageModel:
 
         Raises RunError for a run that is damaged, without weights, or with its own cell and not trusted.
         """
-        config = run.config()
-        tokenizer = Tokenizer.from_json(read_json(run.tokenizer_file))
+        vocab_size = Tokenizer.from_json(read_json(run.tokenizer_file)).vocab_size
+        return cls.of(run, build_model(run.config().model, vocab_size, run.trusted_cell(trust)).to(device))
+
+    @classmethod
+    def of(cls, run: RunDirectory, model: LanguageModel) -> TrainedLanguageModel:
+        """``model``, built as the settings of the run say, with the weights of the run. Raises RunError as ``load``."""
         tensors, facts = load_weights(run)
-        own = run.trusted_cell(trust)
-        settings = config.model if own is None else config.model.model_copy(update={"cell": own})
-        model = build_model(settings, tokenizer.vocab_size)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise RunError(f"the weights in {run.path} do not fit its settings: {error}.") from error
-        return cls(run, model.to(device).eval(), tokenizer, config, facts["step"])
+        tokenizer = Tokenizer.from_json(read_json(run.tokenizer_file))
+        return cls(run, model.eval(), tokenizer, run.config(), facts["step"])
 
     @property
     def device(self) -> torch.device:
@@ -327,8 +363,13 @@ def _costs(model: LanguageModel, ids: np.ndarray, batch: int, window: int, devic
     with torch.no_grad():
         for part in evaluation_windows(ids, batch, window, device=device):
             logits, state = model(part.inputs, None if part.fresh else state)
-            flat = F.cross_entropy(logits.flatten(0, 1).float(), part.targets.flatten(), reduction="none")
+            flat = F.cross_entropy(_wide(logits.flatten(0, 1)), part.targets.flatten(), reduction="none")
             yield flat.view(part.targets.shape)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: sums over many steps in bfloat16 would lose most of it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _bits_per_nat(tokenizer: Tokenizer, ids: np.ndarray) -> float:

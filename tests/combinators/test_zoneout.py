@@ -109,7 +109,7 @@ def test_draws_are_the_same_when_recomputed_and_none_in_evaluation(make: Any) ->
 
 
 def test_mistakes_and_specs() -> None:
-    with pytest.raises(OptionError, match="Zoneout: p must be a probability"):
+    with pytest.raises(OptionError, match="Zoneout: p must be in"):
         Zoneout(GRUCell(D, H), 1.0)
     with pytest.raises(OptionError, match="Noise: state must be a standard deviation"):
         Noise(GRUCell(D, H), -0.1)
