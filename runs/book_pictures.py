@@ -3,17 +3,16 @@
 About 20 seconds on 2 cores. Nothing is trained, and nothing is random: the files are the same at every run.
 
     python runs/book_pictures.py            all pictures as SVG
-    python runs/book_pictures.py --quick    the first two
+    python runs/book_pictures.py --quick    the first two, not written
     python runs/book_pictures.py --out FOLDER --png
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from kept import PICTURES, options
 from torch import Tensor, nn
 
 import elman
@@ -28,7 +27,6 @@ from elman.networks.bidirectional import Bidirectional
 from elman.networks.jordan import jordan
 from elman.networks.summary import Summary
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 FEATURES, UNITS, OUTPUTS, CODE = 3, 4, 2, 5
 
 
@@ -143,7 +141,7 @@ def lstm_block() -> Picture:
     return draw(LSTMCell(FEATURES, UNITS), detail=True)
 
 
-PICTURES: dict[str, Callable[[], Picture]] = {
+BOOK: dict[str, Callable[[], Picture]] = {
     "hidden-recurrence": hidden_recurrence,
     "hidden-recurrence-unrolled": lambda: hidden_recurrence(3),
     "output-recurrence": output_recurrence,
@@ -163,20 +161,19 @@ PICTURES: dict[str, Callable[[], Picture]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only the first two")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the pictures")
+    parser = options(__doc__, PICTURES, quick="only the first two")
     parser.add_argument("--png", action="store_true", help="PNG instead of SVG")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
     print(f"{'picture':<28} {'nodes':>5} {'edges':>5} {'loops':>5} {'bytes':>7}   elman {elman.__version__}")
-    for name, make in list(PICTURES.items())[: 2 if given.quick else None]:
+    for name, make in list(BOOK.items())[: 2 if given.quick else None]:
         picture = make()
-        path = given.out / f"{name}.{'png' if given.png else 'svg'}"
-        picture.save(path)
+        drawn = picture.png() if given.png else picture.svg().encode()
+        if not given.quick:
+            given.out.mkdir(parents=True, exist_ok=True)
+            (given.out / f"{name}.{'png' if given.png else 'svg'}").write_bytes(drawn)
         found = picture.diagram
         loops = "-" if found.loops is None else found.loops
-        print(f"{name:<28} {len(found.nodes):>5} {len(found.edges):>5} {loops:>5} {path.stat().st_size:>7}")
+        print(f"{name:<28} {len(found.nodes):>5} {len(found.edges):>5} {loops:>5} {len(drawn):>7}")
 
 
 if __name__ == "__main__":

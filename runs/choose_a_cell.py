@@ -13,17 +13,15 @@ picture docs/pictures/choose_a_cell.svg. Takes about half an hour on two cores.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
+from kept import PICTURES, RESULTS, keep, options, significant
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -209,37 +207,27 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--quick", action="store_true", help="a few updates, to see that it runs")
-    options.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one core (default 2)")
-    root = Path(__file__).resolve().parents[1]
-    options.add_argument("--out", type=Path, default=root / "runs" / "results" / "choose_a_cell.json")
-    options.add_argument("--picture", type=Path, default=root / "docs" / "pictures" / "choose_a_cell.svg")
-    given = options.parse_args()
-    jobs = [(spec, task, rate) for spec in SPECS for task in TASKS for rate in RATES]
+    parser = options(__doc__, RESULTS / "choose_a_cell.json", quick="three cells, a few updates")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one core (default 2)")
+    parser.add_argument("--picture", type=Path, default=PICTURES / "choose_a_cell.svg", help="where it is drawn")
+    given = parser.parse_args()
+    specs = SPECS[::10] if given.quick else SPECS
+    jobs = [(spec, task, rate) for spec in specs for task in TASKS for rate in RATES]
     rows: dict[str, dict[str, float]] = {}
     print(f"{'cell':<36}{'units':>6}" + "".join(f"{task:>10}" for task in TASKS) + f"{'seconds':>10}")
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         found = pool.imap(partial(one, quick=given.quick), jobs)
-        for spec in SPECS:
+        for spec in specs:
             row: dict[str, float] = {"units": units(spec), "seconds": 0.0}
             for task in TASKS:
                 results = [next(found) for _ in RATES]
-                row[task] = round((max if task == "copy" else min)(value for value, _ in results), 4)
+                row[task] = significant((max if task == "copy" else min)(value for value, _ in results))
                 row["seconds"] = round(row["seconds"] + sum(seconds for _, seconds in results), 1)
             rows[spec] = row
             figures = "".join(f"{row[task]:>10.4g}" for task in TASKS)
             print(f"{spec:<36}{row['units']:>6}{figures}{row['seconds']:>10.0f}", flush=True)
     if not given.quick:
-        facts = {
-            "command": "python runs/choose_a_cell.py",
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-        }
-        given.out.parent.mkdir(exist_ok=True)
-        given.out.write_text(
-            json.dumps({**facts, "parameters": PARAMETERS, "updates": UPDATES, "cells": rows}, indent=1) + "\n"
-        )
+        keep(given.out, {"threads": 1, "parameters": PARAMETERS, "updates": UPDATES, "cells": rows})
         draw(rows, given.picture)
 
 

@@ -10,12 +10,8 @@ nn.Linear does: a start that keeps norms does part of what the skip does. Takes 
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
-
 import torch
+from kept import RESULTS, keep, options
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,10 +59,8 @@ def trained(layers: int, skip: bool, orthogonal: bool, seed: int, updates: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few updates, to see that it runs")
-    quick = parser.parse_args().quick
-    seeds, updates = ([1], 5) if quick else ([1, 2, 3], 600)
+    given = options(__doc__, RESULTS / "deep_transition.json").parse_args()
+    seeds, updates = ([1], 2) if given.quick else ([1, 2, 3], 600)
     print(f"accuracy after {updates} updates, chance {1 / SYMBOLS:.3f}; operations from x(t - {LAG}) to y(t)")
     print(f"{'transition':<28}{'shortest':>9}{'longest':>9}   accuracy, seeds {seeds}")
     rows = []
@@ -79,13 +73,8 @@ def main() -> None:
             f"{name:<28}{path.shortest:>9}{path.longest:>9}   " + "  ".join(f"{a:.3f}" for a in accuracies), flush=True
         )
         rows.append({"transition": name, "path": path._asdict(), "accuracy": [round(a, 4) for a in accuracies]})
-    if not quick:
-        kept = Path(__file__).parent / "results" / "deep_transition.json"
-        kept.parent.mkdir(exist_ok=True)
-        command = " ".join(["python", "runs/deep_transition.py", *sys.argv[1:]])
-        kept.write_text(
-            json.dumps({"command": command, "seeds": seeds, "updates": updates, "rows": rows}, indent=1) + "\n"
-        )
+    if not given.quick:
+        keep(given.out, {"seeds": seeds, "updates": updates, "rows": rows})
 
 
 if __name__ == "__main__":

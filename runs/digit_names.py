@@ -5,17 +5,13 @@
 The 1,797 pictures of scikit-learn, 8 × 8 points each, every fifth held out. A GRU says the name, forced by its letters
 in training and on its own output when it is tested. The picture is read at every step (R c in every gate), in the first
 state (h(0) = G c), or both; "none" does not see it. The share of held-out pictures named without a wrong letter, best
-of nothing: the last update of each, three seeds. Takes about two minutes.
+of nothing: the last update of each, three seeds. Takes half a minute.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
-
 import torch
+from kept import RESULTS, keep, options
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,10 +68,7 @@ def named(way: str, seed: int, updates: int) -> float:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--quick", action="store_true", help="a few updates, to see that it runs")
-    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "digit_names.json")
-    given = options.parse_args()
+    given = options(__doc__, RESULTS / "digit_names.json").parse_args()
     updates, seeds = (5, SEEDS[:1]) if given.quick else (UPDATES, SEEDS)
     rows = {}
     print(f"{'conditioned on':<16}held-out pictures named without a wrong letter, {len(seeds)} seeds")
@@ -83,9 +76,7 @@ def main() -> None:
         rows[way] = [round(named(way, seed, updates), 4) for seed in seeds]
         print(f"{way:<16}{'  '.join(f'{share:.1%}' for share in rows[way])}", flush=True)
     if not given.quick:
-        given.out.parent.mkdir(exist_ok=True)
-        result = {"command": "python runs/digit_names.py", "python": sys.version.split()[0], "torch": torch.__version__}
-        given.out.write_text(json.dumps({**result, "named": rows}, indent=1) + "\n")
+        keep(given.out, {"seeds": seeds, "updates": updates, "named": rows})
 
 
 if __name__ == "__main__":

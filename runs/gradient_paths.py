@@ -6,18 +6,16 @@ Networks as they are initialised, on white noise. In time: ‖∂L/∂s(T - k)�
 (for an LSTM both of its parts), of a random linear L of the last output. In depth: ‖∂L/∂x‖ of the output k layers below
 the last, in a stack that is run for one step. Both relative to k = 0, as the geometric mean over seeds. An LSTM is to a
 plain recurrent network what a residual stack is to a plain one: s(t) = f ⊙ s(t-1) + … keeps a way on which the gradient
-is only multiplied by the gate. Takes ten seconds; writes results/gradient_paths.json and .png beside it.
+is only multiplied by the gate. Takes ten seconds; draws docs/pictures/gradient_paths.png.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from kept import PICTURES, RESULTS, keep, options, significant
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -26,7 +24,6 @@ from elman.cells import ElmanCell, GRUCell, IRNNCell, LSTMCell
 from elman.combinators import Residual, Stack, step
 
 WIDTH, BATCH = 64, 32
-RESULTS = Path(__file__).parent / "results"
 
 IN_TIME: dict[str, Callable[[], nn.Module]] = {
     "Elman": lambda: ElmanCell(WIDTH, WIDTH),
@@ -83,22 +80,22 @@ def draw(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for axis, (where, curves) in zip(axes, tables.items(), strict=True):
         for name, curve in curves.items():
             axis.semilogy(curve, label=name)
         axis.set(xlabel=where, ylim=(1e-12, 1e3))
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     axes[0].set_ylabel("gradient, relative to that of the last")
-    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--quick", action="store_true", help="few steps and seeds, nothing written")
-    quick = parser.parse_args().quick
-    far, seeds = (10, 1) if quick else (100, 5)
+    parser = options(__doc__, RESULTS / "gradient_paths.json", quick="few steps and one seed")
+    parser.add_argument("--picture", type=Path, default=PICTURES / "gradient_paths.png", help="where it is drawn")
+    given = parser.parse_args()
+    far, seeds = (10, 1) if given.quick else (100, 5)
     torch.set_num_threads(1)
     tables = {
         "steps back in time": {n: relative(lambda m=m: norms_in_time(m(), far), seeds) for n, m in IN_TIME.items()},
@@ -109,12 +106,16 @@ def main() -> None:
         print(f"{where:24}" + "".join(f"{k:>10}" for k in shown))
         for name, curve in curves.items():
             print(f"{name:24}" + "".join(f"{curve[k]:10.1e}" for k in shown))
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        found = {where: {n: {k: c[k] for k in shown} for n, c in curves.items()} for where, curves in tables.items()}
-        command = "python " + " ".join(["runs/gradient_paths.py", *sys.argv[1:]])
-        (RESULTS / "gradient_paths.json").write_text(json.dumps({"command": command, **found}, indent=1) + "\n")
-        draw(tables, RESULTS / "gradient_paths.png")
+    if not given.quick:
+        keep(
+            given.out,
+            {"seeds": list(range(seeds))}
+            | {
+                where: {name: {k: significant(curve[k]) for k in shown} for name, curve in curves.items()}
+                for where, curves in tables.items()
+            },
+        )
+        draw(tables, given.picture)
 
 
 if __name__ == "__main__":

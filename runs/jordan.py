@@ -11,22 +11,19 @@ Jordan network then reads its own outputs. Takes about two minutes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from kept import RESULTS, keep, options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import elman
 from elman.networks.jordan import jordan
 
-STEPS, FEATURES, OUTPUTS = 1000, 32, 32
+STEPS, FEATURES, OUTPUTS, THREADS = 1000, 32, 32, 2
 SHAPES = [(1, 128), (8, 128), (32, 128), (8, 512)]  # B, H
 LENGTH, HIDDEN, BATCH = 10, 32, 128
 
@@ -59,17 +56,17 @@ def train_step(model: nn.Module, xs: Tensor, ys: Tensor, forced: bool) -> Callab
     return one
 
 
-def speed(batch: int, hidden: int, repeats: int) -> dict[str, float]:
+def speed(batch: int, hidden: int, steps: int, repeats: int) -> dict[str, float]:
     """Milliseconds of a training step of either network: minimum and median."""
     torch.manual_seed(0)
-    xs, ys = torch.randn(STEPS, batch, FEATURES), torch.randint(OUTPUTS, (STEPS, batch))
-    steps = {
+    xs, ys = torch.randn(steps, batch, FEATURES), torch.randint(OUTPUTS, (steps, batch))
+    updates = {
         "Elman": train_step(Elman(FEATURES, hidden, OUTPUTS), xs, ys, forced=False),
         "Jordan": train_step(jordan(FEATURES, hidden, OUTPUTS), xs, ys, forced=True),
     }
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    taken: dict[str, list[float]] = {name: [] for name in updates}
     for repeat in range(repeats + 2):
-        for name, one in steps.items():
+        for name, one in updates.items():
             begun = time.perf_counter()
             one()
             if repeat > 1:  # the first ones compile and warm up
@@ -132,22 +129,16 @@ def show(rows: list[dict[str, float]]) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--quick", action="store_true", help="one small case of each, to see that it runs")
-    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "jordan.json")
-    given = options.parse_args()
-    torch.set_num_threads(2)
-    shapes = SHAPES[:1] if given.quick else SHAPES
-    speeds = [speed(*shape, repeats=2 if given.quick else 9) for shape in shapes]
+    given = options(__doc__, RESULTS / "jordan.json", quick="one small case of each").parse_args()
+    torch.set_num_threads(THREADS)
+    shapes, steps, repeats = (SHAPES[:1], 20, 1) if given.quick else (SHAPES, STEPS, 9)
+    speeds = [speed(*shape, steps, repeats) for shape in shapes]
     show(speeds)
     torch.set_num_threads(1)  # tensors of a few numbers: a second thread only waits
     memories = [memory(seed, updates=3 if given.quick else 600) for seed in range(1 if given.quick else 2)]
     show(memories)
     if not given.quick:
-        result = {"command": " ".join(["python", *sys.argv]), "threads of the timings": 2, "T": STEPS}
-        result |= {"speed": speeds, "memory": memories}
-        given.out.parent.mkdir(exist_ok=True)
-        given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        keep(given.out, {"threads of the timings": THREADS, "T": STEPS, "speed": speeds, "memory": memories})
 
 
 if __name__ == "__main__":

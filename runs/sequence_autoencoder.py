@@ -9,12 +9,8 @@ ten (by its value) is kept from training. The share that is rebuilt whole, by le
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
-
 import torch
+from kept import RESULTS, keep, options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,10 +68,7 @@ def spelt(digits: Tensor) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--quick", action="store_true", help="a few updates, to see that it runs")
-    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sequence_autoencoder.json")
-    given = options.parse_args()
+    given = options(__doc__, RESULTS / "sequence_autoencoder.json").parse_args()
     rows = []
     print("  code  " + "".join(f"{f'length {n}':>10}" for n in range(1, LONGEST + 1)))
     for code in CODES:
@@ -84,9 +77,7 @@ def main() -> None:
         print(f"{code:>6}  " + "".join(f"{share:>10.1%}" for share in shares.values()), flush=True)
         print("        " + ", ".join(f"{before} → {after}" for before, after in shown), flush=True)
     if not given.quick:
-        result = {"command": " ".join(["python", *sys.argv]), "seed": SEED, "updates": UPDATES, "rows": rows}
-        given.out.parent.mkdir(exist_ok=True)
-        given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        keep(given.out, {"seed": SEED, "updates": UPDATES, "rows": rows})
 
 
 if __name__ == "__main__":

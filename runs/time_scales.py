@@ -11,14 +11,11 @@ new sequences. Takes about ten minutes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from kept import RESULTS, keep, options
 from torch import Tensor, nn
 
 import elman
@@ -145,18 +142,14 @@ def table(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few updates, to see that it runs")
-    quick = parser.parse_args().quick
-    seeds = [1] if quick else [1, 2, 3]
-    slow = table("two rates", TWO_RATES, {"mean level": two_rates}, 2e-3, seeds, 3 if quick else 300)
+    given = options(__doc__, RESULTS / "time_scales.json", quick="every third cell, one update").parse_args()
+    seeds, every = ([1], 3) if given.quick else ([1, 2, 3], 1)
+    averaging, accumulating = (dict(list(cells.items())[::every]) for cells in (TWO_RATES, FORGETTING))
+    slow = table("two rates", averaging, {"mean level": two_rates}, 2e-3, seeds, 1 if given.quick else 300)
     tasks = {"sum": lambda size: sums(size, 0), "sum since reset": lambda size: sums(size, 1 / 25)}
-    forgetting = table("forgetting", FORGETTING, tasks, 5e-3, seeds, 3 if quick else 500)
-    if not quick:
-        kept = Path(__file__).parent / "results" / "time_scales.json"
-        kept.parent.mkdir(exist_ok=True)
-        command = " ".join(["python", "runs/time_scales.py", *sys.argv[1:]])
-        kept.write_text(json.dumps({"command": command, "two rates": slow, "forgetting": forgetting}, indent=1) + "\n")
+    forgetting = table("forgetting", accumulating, tasks, 5e-3, seeds, 1 if given.quick else 500)
+    if not given.quick:
+        keep(given.out, {"seeds": seeds, "two rates": slow, "forgetting": forgetting})
 
 
 if __name__ == "__main__":

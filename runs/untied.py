@@ -6,17 +6,13 @@ A learning curve: how often symbol 0 is followed by symbol 1, in sequences of si
 learned from N examples, by an Elman network and by an untied one of the same width. What one has learned anywhere it
 knows everywhere; the other must see it at every place. Error is the mean squared error on 2000 new sequences over the
 variance of the count (1: as good as always saying the mean), where the error on 500 others was least during training;
-mean of two seeds. The last line is for sequences of one step more. Takes about two minutes.
+mean of two seeds. The last line is for sequences of one step more. Takes half a minute.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
-
 import torch
+from kept import RESULTS, keep, options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -84,10 +80,7 @@ def longer(model: nn.Module) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--quick", action="store_true", help="few updates, to see that it runs")
-    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "untied.json")
-    given = options.parse_args()
+    given = options(__doc__, RESULTS / "untied.json").parse_args()
     updates, seeds = (20, SEEDS[:1]) if given.quick else (UPDATES, SEEDS)
     rows, last = [], {}
     print(f"{'examples':>10}{'shared':>10}{'untied':>10}")
@@ -102,9 +95,7 @@ def main() -> None:
     unseen = {name: longer(model) for name, model in last.items()}
     print(f"{STEPS + 1} steps: shared {unseen['shared']}, untied {unseen['untied']}")
     if not given.quick:
-        result = {"command": " ".join(["python", *sys.argv]), "seeds": SEEDS, "updates": UPDATES, "rows": rows}
-        given.out.parent.mkdir(exist_ok=True)
-        given.out.write_text(json.dumps(result | {"one step more": unseen}, indent=2) + "\n", encoding="utf-8")
+        keep(given.out, {"seeds": seeds, "updates": updates, "rows": rows, "one step more": unseen})
 
 
 if __name__ == "__main__":
