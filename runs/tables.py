@@ -1,4 +1,4 @@
-"""Writes the tables of docs/experiments.md anew from the results that are kept.
+"""Writes the tables of docs/experiments.md and docs/choose-a-cell.md anew from the results that are kept.
 
     python runs/tables.py
 
@@ -15,9 +15,9 @@ from typing import Any
 
 from kept import DOCS, RESULTS
 
-__all__ = ["PAGE", "TABLES", "renewed"]
+__all__ = ["PAGES", "TABLES", "renewed"]
 
-PAGE = DOCS / "experiments.md"
+PAGES = (DOCS / "choose-a-cell.md", DOCS / "experiments.md")
 PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->)\n+(?:\|.*\n)*\n*")
 Table = Iterable[Iterable[object]]
 
@@ -100,7 +100,14 @@ def rebuilt(result: Any) -> Table:
         yield row["code"], *row["rebuilt"].values()
 
 
+def cells(result: Any) -> Table:
+    yield "cell", "units", "adding: squared error", "copy: share right", "text: bits per character"
+    for spec, row in result["cells"].items():
+        yield f"`{spec}`", row["units"], row["adding"] or "< 0.0001", row["copy"], row["text"]
+
+
 TABLES: dict[tuple[str, str], Callable[[Any], Table]] = {
+    ("choose_a_cell", "cells"): cells,
     ("jordan", "speed"): speed,
     ("jordan", "memory"): memory,
     ("deep_transition", "accuracy"): accuracy,
@@ -134,8 +141,9 @@ def renewed(page: str) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"renewed {PAGE}")
+    for page in PAGES:
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"renewed {page}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
-PAGE = ROOT / "docs" / "experiments.md"
+PAGES = [ROOT / "docs" / name for name in ("choose-a-cell.md", "experiments.md")]
 SCRIPTS = sorted(path.stem for path in RUNS.glob("*.py") if path.stem != "kept")
 SLOW = ("choose_a_cell",)
 """More than ten seconds even with --quick."""
@@ -68,15 +68,17 @@ def test_a_result_is_kept_with_what_it_ran_on(tmp_path: Path, monkeypatch: pytes
     assert found["torch"]
 
 
-def test_the_page_quotes_what_is_kept() -> None:
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_page_quotes_what_is_kept(path: Path) -> None:
     tables = importlib.import_module("tables")
-    page = PAGE.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     assert tables.renewed(page) == page, "python runs/tables.py writes the tables anew"
 
 
-def test_every_number_of_a_table_is_in_its_result() -> None:
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_every_number_of_a_table_is_in_its_result(path: Path) -> None:
     """By another way than the one on which the tables were written."""
-    page = PAGE.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     found = TABLE.findall(page)
     assert len(found) == page.count("\n| --- |"), "a table without the name of its result"
     for result, table in found:
