@@ -153,8 +153,7 @@ def compiled(cell: nn.Module, given: dict[str, Any], record: bool = False) -> Co
     xs = pytree.tree_map_only(Tensor, lambda leaf: leaf.expand(rows.steps, rows.batch, *leaf.shape[2:]), given["xs"])
     xs = pytree.tree_map_only(Tensor, rows.pack, xs)
     protocol, constants = prepare(cell, rows, xs, given["state"], given["constants"], record)
-    tensors = {**dict(cell.named_parameters()), **dict(cell.named_buffers()), **protocol.masks}
-    return program_of(protocol, Signature.of(protocol.xs.leaves, protocol.state.leaves, constants, tensors))
+    return program_of(protocol, Signature.of(protocol.xs.leaves, protocol.state.leaves, constants, protocol.tensors))
 
 
 def differentiated(cell: nn.Module, given: dict[str, Any]) -> Differentiated:

@@ -260,6 +260,18 @@ def test_a_loss_that_does_not_depend_on_the_scan(backend: str) -> None:
 
 
 @every_backend
+def test_the_adjoint_of_a_state_that_no_gradient_enters(backend: str) -> None:
+    """What is fed back is a choice, which has no gradient; what comes of it later depends on it all the same."""
+    torch.manual_seed(0)
+    cell = elman.Feedback(elman.ElmanCell(3 + 4, 4), feed="argmax").double()
+    ys, _, recording = elman.scan(cell, doubles(4, 2, 3), record=True, backend=backend)
+    (h, fed), weight = recording.adjoint(ys.sum()), cell.cell.weight_ih[:, 3:]
+    before = (h[1:] * (1 - ys[1:].square())).detach()  # at the preactivation, which reads what was fed a step before
+    torch.testing.assert_close(fed[:-1], before @ weight)
+    torch.testing.assert_close(fed[-1], torch.zeros_like(fed[-1]))
+
+
+@every_backend
 def test_recording_without_gradients(backend: str) -> None:
     with torch.no_grad():
         ys, _, recording = elman.scan(zoo("Elman"), doubles(4, 2, 3), record=True, backend=backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ class DropMask(nn.Module):
 
 
 def drawn_for(
-    cell: nn.Module, names: list[str], batch: int, like: Tensor
+    cell: nn.Module, names: Iterable[str], batch: int, like: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """New masks for one scan of a cell, whose parameters and buffers have these names, by the name of the buffer.
 

@@ -19,7 +19,7 @@ from .compiler.program import Loop, Program
 from .errors import OptionError, UnfoldError
 from .packing import rows_of
 from .types import Pytree, State
-from .unfold import _extent, _tensors_of, prepare, scan
+from .unfold import _extent, prepare, scan
 
 __all__ = ["LEVELS", "compiled_step", "explain"]
 
@@ -60,9 +60,7 @@ def compiled_step(cell: nn.Module, xs: Pytree, state: State = None, *, constants
     rows = rows_of(steps, batch)
     packed = torch.utils._pytree.tree_unflatten([rows.pack(leaf) for leaf in leaves], spec)
     protocol, constant_leaves = prepare(cell, rows, packed, state, constants, False)
-    signature = Signature.of(
-        protocol.xs.leaves, protocol.state.leaves, constant_leaves, {**_tensors_of(cell), **protocol.masks}
-    )
+    signature = Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, protocol.tensors)
     try:
         return program_of(protocol, signature)
     except UnfoldError as error:

@@ -92,6 +92,13 @@ def initial_state(
     if make is not None:
         return make(cell, batch, device=device, dtype=dtype)
     own = getattr(cell, "initial_state", None)
+    if own is None and isinstance(cell, nn.RNNBase | nn.Linear):
+        kind = type(cell).__name__
+        raise CellError(
+            f"{kind} is a layer, not one step of a recurrence. Use the cell of that name ({kind}Cell) in its place."
+            if isinstance(cell, nn.RNNBase)
+            else f"{kind} is no step of a recurrence: it has no state. Use DenseCell, or apply it to the sequence."
+        )
     if own is None:
         raise CellError(
             f"{type(cell).__name__} has no initial_state(batch, *, device, dtype), and no state was given. "
@@ -176,11 +183,13 @@ class Protocol:
 
     Masks that are drawn once for the call (see ``drawn``) go in besides: ``masks`` that all sequences share, by the
     names of their buffers, and one for each sequence in the buffers ``drawn``, the last leaves of the constants.
+    ``tensors`` are the parameters and buffers by name, with the shared masks in their places.
     """
 
     def __init__(self, cell: nn.Module, xs: Tree, state: Tree, constants: Tree | None, record: bool) -> None:
         self.cell, self.xs, self.state, self.constants, self.record = cell, xs, state, constants, record
         self.masks: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
         self.drawn: tuple[str, ...] = ()
         self.y: Tree | None = None
 

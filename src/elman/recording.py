@@ -24,6 +24,11 @@ def record(name: str, value: Tensor) -> Tensor:
     values = getattr(_local, "values", None)
     if values is not None:
         name = _local.prefix + name
+        if value.dim() == 0:
+            raise CellError(
+                f"elman.record({name!r}) was given one number for the whole batch. Record one for each row, (B, …): "
+                "reduce over dim=-1, for example."
+            )
         if name in values:
             raise CellError(f"elman.record({name!r}) is called twice in one step; give each value its own name.")
         values[name] = value

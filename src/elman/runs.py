@@ -95,7 +95,8 @@ def resume(
                 return read_json(run.result_file) | {"run": str(run.path), "already": True}
             trainer.draw()
             return _finish(trainer, task.model, corpus, trainer.outcome()) | {"already": True}
-        if progress.finished is not None and trainer.fraction() >= 1.0:
+        asked = progress.finished is not None or any("budget" in change for change in changes)
+        if asked and trainer.fraction() >= 1.0:
             raise RunError(
                 f"{run.path} stands at step {progress.step:,} after {progress.seconds / 60:.1f} minutes, so "
                 f"its budget is spent. Give a larger one, for example: "

@@ -38,7 +38,7 @@ __all__ = ["BACKENDS", "Recording", "prepare", "scan", "unfold"]
 BACKENDS = ("auto", "reference", "interpret")
 
 
-@dataclass
+@dataclass(repr=False)
 class Recording:
     """What ``scan(..., record=True)`` returns besides: every marked value and every state, for all steps.
 
@@ -51,6 +51,10 @@ class Recording:
     _handles: list[list[Tensor]] = field(repr=False)
     _rows: Rows = field(repr=False)
     _structure: Tree = field(repr=False)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name!r}: {tuple(value.shape)}" for name, value in self.values.items())
+        return f"Recording(values={{{shapes}}}, states of {len(self._structure.leaves)} leaves)"
 
     def adjoint(self, loss: Tensor, *, retain_graph: bool = True) -> State:
         """The total adjoint ∇_{s(t)} L of every state, through all later steps: (T, B, …) leaves.
@@ -131,7 +135,7 @@ def scan(
     ys, final, *recording = unfold(
         cell,
         rows,
-        pytree.tree_unflatten(packed, spec),
+        packed[0] if isinstance(xs, Tensor) else pytree.tree_unflatten(packed, spec),
         state,
         constants=constants,
         reverse=reverse,
@@ -149,13 +153,16 @@ def scan(
 def _inside_a_step(
     cell: nn.Module, xs: Pytree, state: State, constants: Pytree, steps: int, batch: int, reverse: bool
 ) -> tuple[Pytree, State]:
-    """A scan inside a step that is being traced is part of that step: its plain loop."""
-    xs = pytree.tree_map(lambda leaf: _widen(leaf, steps, batch), xs)
-    ys: list[Pytree] = [None] * steps
+    """A scan inside a step that is being traced is part of that step: its plain loop, with masks drawn before it."""
+    wide = pytree.tree_map(lambda leaf: _widen(leaf, steps, batch), xs)
+    first = pytree.tree_map(lambda leaf: leaf[0], wide)
+    protocol, fixed = prepare(cell, Rows(1, batch), first, state, constants, False)
+    step, now, leaves = protocol.step(None), protocol.state.leaves, pytree.tree_leaves(wide)
+    ys: list[list[Tensor]] = [[]] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
-        x = pytree.tree_map(lambda leaf, t=t: leaf[t], xs)
-        ys[t], state = unfold(cell, Rows(1, batch), x, state, constants=constants, backend="reference")
-    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *ys), state
+        ys[t], now, _ = step([leaf[t] for leaf in leaves], now, fixed)
+    assert protocol.y is not None
+    return protocol.y.rebuild([torch.stack(column) for column in zip(*ys, strict=True)]), protocol.state.rebuild(now)
 
 
 def unfold(
@@ -184,7 +191,7 @@ def unfold(
         raise OptionError(f"remat must be None, 'auto' or a positive number of steps; got {remat!r}.")
     given = None if parameters is None else dict(parameters)
     protocol, constant_leaves = prepare(cell, rows, xs, state, constants, record, given)
-    own = {**(given if given is not None else _tensors_of(cell)), **protocol.masks}
+    own = protocol.tensors
     tensors = [*protocol.xs.leaves, *protocol.state.leaves, *constant_leaves, *own.values()]
     if _lengths is None and _runs_reference(backend, rows, tensors):
         return _by_reference(protocol, rows, constant_leaves, given, reverse)
@@ -252,10 +259,10 @@ def prepare(
     constant_leaves = c_tree.leaves if c_tree else []
     _check_batch(s_tree.leaves, constant_leaves, rows.batch)
     protocol = Protocol(cell, x_tree, s_tree, c_tree, record)
-    names = [name for name, _ in cell.named_buffers()] if parameters is None else list(parameters)
+    own = _tensors_of(cell) if parameters is None else parameters
     like = next((leaf for leaf in (*s_tree.leaves, *x_tree.leaves) if leaf.is_floating_point()), None)
-    each, protocol.masks = drawn_for(cell, names, rows.batch, x_tree.leaves[0] if like is None else like)
-    protocol.drawn = tuple(each)
+    each, protocol.masks = drawn_for(cell, own, rows.batch, x_tree.leaves[0] if like is None else like)
+    protocol.drawn, protocol.tensors = tuple(each), {**own, **protocol.masks}
     return protocol, [*constant_leaves, *each.values()]
 
 
@@ -284,7 +291,18 @@ def _wrong_batch(what: str, leaf: Tensor, batch: int) -> str:
 
 
 def _tensors_of(cell: nn.Module) -> dict[str, Tensor]:
-    return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
+    """Parameters, then buffers, by name, each once: found in one walk, for a call of one step pays for every walk."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen: set[Tensor] = set()
+    for prefix, part in cell.named_modules():
+        before = f"{prefix}." if prefix else ""
+        for found, tensors in ((parameters, part._parameters), (buffers, part._buffers)):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor not in seen:
+                    seen.add(tensor)
+                    found[before + name] = tensor
+    return {**parameters, **buffers}
 
 
 def _runs_reference(backend: str, rows: Rows, tensors: list[Tensor]) -> bool:
@@ -348,7 +366,7 @@ def _by_reference(
         names[:] = list(recorded)
         if protocol.record:  # a state that is handed through must be told apart from what it was
             given = {id(leaf) for leaf in (*xs, *state)}
-            new = [s.view_as(s) if id(s) in given else s for s in new]
+            new = [_handle(s.view_as(s) if id(s) in given else s) for s in new]
         return [*ys, *recorded.values()], new
 
     if _without_features(protocol.xs.leaves) and not torch.compiler.is_compiling():
@@ -366,6 +384,12 @@ def _by_reference(
     handles = [list(leaves) for leaves in zip(*after, strict=True)]
     values = dict(zip(names, outs[count:], strict=True))
     return (*result, _recording(protocol, rows, values, [torch.cat(leaves) for leaves in handles], handles))
+
+
+def _handle(state: Tensor) -> Tensor:
+    """A state of a recorded step, as what an adjoint is a gradient in: also where no gradient flows into it."""
+    alone = state.is_floating_point() and not state.requires_grad and torch.is_grad_enabled()
+    return state.detach().requires_grad_() if alone and torch._C._functorch.maybe_current_level() is None else state
 
 
 def _without_features(leaves: list[Tensor]) -> bool:

@@ -97,7 +97,7 @@ def test_fast_units_do_not_reach_slow_ones() -> None:
         (ElmanCell(D, 4), "12", {}, "periods must be a list of positive integers, got '12'"),
         (ElmanCell(D, 4), 2, {}, "periods must be a list of positive integers, got 2"),
         (ElmanCell(D, 4), [1, 0], {}, "Clockwork: every period must be a positive integer, got 0"),
-        (ElmanCell(D, 4), [1, 2, 4], {}, "4 units do not fall into 3 groups of equal size"),
+        (ElmanCell(D, 4), [1, 2, 4], {}, "an output of 4 units does not fall into 3 groups of equal size"),
         (LSTMCell(D, 4, proj_size=3), [1, 2, 4], {"triangular": True}, r"triangular needs .* LSTMCell has \(16, 3\)"),
         (Clockwork(ElmanCell(D, 4), [1]), [1, 2], {"triangular": True}, "triangular needs .* Clockwork has none"),
     ],
@@ -105,3 +105,9 @@ def test_fast_units_do_not_reach_slow_ones() -> None:
 def test_mistakes_are_named(cell: nn.Module, periods: Any, options: Any, said: str) -> None:
     with pytest.raises(OptionError, match=said):
         Clockwork(cell, periods, **options)
+
+
+def test_a_state_that_does_not_fall_into_groups_is_named() -> None:
+    cell = Clockwork(LSTMCell(D, 5, proj_size=4), [1, 2])
+    with pytest.raises(OptionError, match="a leaf of the state with 5 units does not fall into 2 groups"):
+        elman.scan(cell, torch.randn(T, B, D))

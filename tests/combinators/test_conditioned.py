@@ -121,8 +121,12 @@ def test_mistakes() -> None:
     with pytest.raises(OptionError, match="context_size must be a positive integer"):
         Conditioned(ElmanCell(D, H), 0)
     cell = Conditioned(ElmanCell(D + C, H), C, key="c")
-    with pytest.raises(InputError, match=r"needs a context \(B, 2\) in constants\['c'\]; got a NoneType"):
+    with pytest.raises(InputError, match=r"Conditioned reads constants\['c'\]; got none"):
         elman.scan(cell, torch.zeros(T, B, D))
+    with pytest.raises(InputError, match=r"reads constants\['c'\]; there are 'd'"):
+        elman.scan(cell, torch.zeros(T, B, D), constants={"d": torch.zeros(B, C)})
+    with pytest.raises(InputError, match=r"x has 3 features and the context 2, but ElmanCell reads 3.*input_size=5"):
+        elman.scan(Conditioned(ElmanCell(D, H), C), torch.zeros(T, B, D), constants=torch.zeros(B, C))
     with pytest.raises(InputError, match=r"got \(3, 7\)"):
         elman.scan(cell, torch.zeros(T, B, D), constants={"c": torch.zeros(B, 7)})
 

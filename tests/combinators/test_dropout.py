@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import elman
-from elman.cells import ElmanCell, GRUCell, LSTMCell
-from elman.combinators import Stack, VariationalDropout, WeightDrop
+from elman.cells import ElmanCell, GRUCell, LSTMCell, SLSTMCell
+from elman.combinators import Leaky, Residual, Stack, VariationalDropout, WeightDrop
 from elman.drawn import DropMask
 from elman.errors import OptionError
 from elman.spec import make_cell
@@ -81,7 +81,7 @@ def test_weight_drop_is_its_formula(backend: str, monkeypatch: pytest.MonkeyPatc
 
 
 CELLS = {
-    "variational": lambda: VariationalDropout(GRUCell(D, H), 0.3, 0.3, 0.3),
+    "variational": lambda: VariationalDropout(LSTMCell(D, H), 0.3, 0.3, 0.3),
     "weight drop": lambda: WeightDrop(GRUCell(D, H), 0.4),
     "both in a stack": lambda: Stack(
         [VariationalDropout(WeightDrop(LSTMCell(D, H)), 0.2), VariationalDropout(ElmanCell(H, 2), output=0.5)]
@@ -167,6 +167,27 @@ def test_a_step_by_itself_copying_and_saving(make: Any) -> None:
         assert torch.equal(elman.scan(other, xs)[0], expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", "interpret"])
+def test_a_scan_inside_a_step_draws_once_for_each_of_its_scans(backend: str) -> None:
+    class Words(nn.Module):
+        """Reads a word at every step, (B, letters, D), letter by letter, and gives what was made of each letter."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.letters = VariationalDropout(ElmanCell(D, H, dtype=F64), output=0.5)
+
+        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            ys, _ = elman.scan(self.letters, x.transpose(0, 1), state)
+            return ys.transpose(0, 1), state
+
+    torch.manual_seed(0)
+    ys, _ = elman.scan(Words(), torch.randn(T, B, 6, D, dtype=F64), torch.zeros(B, H, dtype=F64), backend=backend)
+    kept = ys != 0  # (T, B, letters, H)
+    same(kept, kept[:, :, :1].expand_as(kept))
+    assert not kept.all()
+    assert not kept[0].equal(kept[1])
+
+
 def test_mistakes_and_specs() -> None:
     with pytest.raises(OptionError, match="VariationalDropout: state must be in"):
         VariationalDropout(GRUCell(D, H), state=1.0)
@@ -176,3 +197,19 @@ def test_mistakes_and_specs() -> None:
         WeightDrop(GRUCell(D, H), weights="weight_h")
     cell = make_cell("variational_dropout(weight_drop(lstm(7), 0.4), input=0.1, output=0.2)", 5, 8)
     assert (cell.p, cell.cell.p) == ({"input": 0.1, "state": 0.0, "output": 0.2}, 0.4)
+
+
+@pytest.mark.parametrize("make", [GRUCell, nn.GRUCell, lambda d, h: Residual(Leaky(ElmanCell(d, h)))])
+def test_no_mask_on_a_state_that_is_handed_on(make: Any) -> None:
+    """A factor 1 / (1 - p) at every step would have a unit whose gate stays open grow without bound."""
+    VariationalDropout(make(D, H), input=0.2, output=0.2)
+    with pytest.raises(OptionError, match="hands its state on"):
+        VariationalDropout(make(D, H), state=0.2)
+
+
+@pytest.mark.parametrize("make", [ElmanCell, LSTMCell, nn.LSTMCell, SLSTMCell])
+def test_states_stay_small_under_a_mask(make: Any) -> None:
+    torch.manual_seed(0)
+    cell = VariationalDropout(make(D, 32), state=0.5)
+    ys, _ = elman.scan(cell, torch.randn(1, 1, D).expand(300, 4, D))
+    assert ys.abs().max() <= 1

@@ -156,6 +156,19 @@ def test_what_overflows_runs_step_by_step() -> None:
     assert not ys[:, 1].any()
 
 
+@pytest.mark.parametrize("first", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("leaf", [0, 3, 4])
+def test_what_is_not_finite_spreads_as_in_the_plain_loop(leaf: int, first: float) -> None:
+    torch.manual_seed(0)
+    cell, xs = Forms(), torch.randn(40, B, D, dtype=F64)
+    state = list(cell.initial_state(B, device=xs.device, dtype=F64))
+    state[leaf][0, 1] = first
+    expected = by_hand(cell, xs, tuple(state))
+    found = elman.scan(cell, xs, tuple(state), backend="interpret")
+    for one, other in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
 def test_a_gate_that_is_shut_keeps_what_comes_after_exact() -> None:
     cell = MinGRUCell(1, 1, dtype=F64)
     with torch.no_grad():

@@ -86,6 +86,19 @@ def test_a_gradient_penalty() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_a_gradient_that_is_differentiated_where_inputs_depend_on_one_another() -> None:
+    """One state leaf made from the other: the way between them is not the scan's."""
+    found = []
+    for backend in ("interpret", "reference"):
+        cell = zoo("lstm")
+        torch.manual_seed(0)
+        xs, h = doubles(4, 3, 3), doubles(3, 4)
+        ys, _ = elman.scan(cell, xs, (first := h.tanh(), first.sin()), backend=backend)
+        slopes = torch.autograd.grad(ys.sin().sum(), [xs, h], create_graph=True)
+        found.append([*slopes, *torch.autograd.grad(sum(g.square().sum() for g in slopes), [xs, *cell.parameters()])])
+    torch.testing.assert_close(found[0], found[1])
+
+
 # torch.func
 
 

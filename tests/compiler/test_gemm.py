@@ -82,7 +82,9 @@ def test_products(shape: tuple[int, int, int]) -> None:
     torch.testing.assert_close(gemm.product(left.t().contiguous().t(), right), left @ right, **close)
     torch.testing.assert_close(gemm.product(left, right.t().contiguous().t()), left @ right, **close)
     torch.testing.assert_close(gemm.added(bias, left, right), bias + left @ right, **close)
-    torch.testing.assert_close(gemm.added(full[:1], left, right), full[:1] + left @ right, **close)
+    for narrow in (full[:1], full[:, :1], full[:1, :1], bias[:1], bias[0]):  # whatever expands to (M, N)
+        torch.testing.assert_close(gemm.added(narrow, left, right), narrow + left @ right, **close)
+        torch.testing.assert_close(gemm.added(narrow, left, packed, True), narrow + left @ right, **close)
 
 
 LAYOUTS = {

@@ -27,7 +27,8 @@ def draw(
     """
     from ..drawing import draw as picture_of
     from ..spec import parse_spec
+    from .look import constants
 
     step = parse_spec(cell).make(inputs or hidden, hidden)
-    picture_of(step, unroll=unroll, loss=loss, detail=detail, path=out)
+    picture_of(step, unroll=unroll, loss=loss, detail=detail, path=out, constants=constants(step, 1))
     print(out)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, OptionError
 from ..recording import record
 from ..types import Pytree, State
-from .nested import Make, Wrapper, output_size, positive, start, step
+from .nested import Make, Wrapper, beside, like, named, output_size, positive, start, step
 
 __all__ = ["Attend"]
 
@@ -48,9 +50,10 @@ class Attend(Wrapper):
         reads = output_size(cell)
         size = positive("Attend", "attention_size", attention_size or reads)
         additive = score == "additive"
-        self.query = nn.Linear(reads, size if additive else memory_size, bias=False)
-        self.memory = nn.Linear(memory_size, size, bias=False) if additive else None
-        self.energy = nn.Linear(size, 1, bias=False) if additive else None
+        options: dict[str, Any] = {"bias": False, "device": like(cell).device, "dtype": like(cell).dtype}
+        self.query = nn.Linear(reads, size if additive else memory_size, **options)
+        self.memory = nn.Linear(memory_size, size, **options) if additive else None
+        self.energy = nn.Linear(size, 1, **options) if additive else None
 
     @classmethod
     def build(cls, input_size: int, make: Make, memory_size: int, **options: object) -> Attend:
@@ -76,11 +79,12 @@ class Attend(Wrapper):
             e = e.masked_fill(~mask, torch.finfo(e.dtype).min)
         weights = record("attention", torch.softmax(e, -1))
         c = (weights[:, None] @ memory)[:, 0]  # (B, M)
+        beside("Attend", self.cell, x, self.memory_size, "the memory")
         y, inner = step(self.cell, torch.cat([x, c], -1), inner, constants)
         return y, (inner, y)
 
     def _memory(self, constants: Pytree) -> tuple[Tensor, Tensor | None]:
-        given = constants[self.key] if self.key is not None and constants is not None else constants
+        given = named("Attend", constants, self.key)
         memory, mask = given if isinstance(given, tuple | list) and len(given) == 2 else (given, None)
         if not isinstance(memory, Tensor) or memory.dim() != 3 or memory.shape[-1] != self.memory_size:
             what = tuple(memory.shape) if isinstance(memory, Tensor) else f"a {type(memory).__name__}"

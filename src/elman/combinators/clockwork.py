@@ -43,7 +43,7 @@ class Clockwork(Wrapper):
         self.periods = clocks
         units = output_size(cell)
         if units % len(given):
-            raise OptionError(f"Clockwork: {units} units do not fall into {len(given)} groups of equal size.")
+            raise _uneven(f"an output of {units} units", len(given))
         self.register_buffer("period", torch.tensor(given, device=like(cell).device), persistent=False)
 
     def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
@@ -58,6 +58,8 @@ class Clockwork(Wrapper):
 
         def mix(_: int, old: Tensor, new: Tensor) -> Tensor:
             groups = (len(self.periods), -1)
+            if new.shape[-1] % len(self.periods):
+                raise _uneven(f"a leaf of the state with {new.shape[-1]} units", len(self.periods))
             return torch.where(now, new.unflatten(-1, groups), old.unflatten(-1, groups)).flatten(-2)
 
         y, after = blend(mix, before, after, y)
@@ -65,6 +67,10 @@ class Clockwork(Wrapper):
 
     def extra_repr(self) -> str:
         return f"periods={self.periods}"
+
+
+def _uneven(what: str, groups: int) -> OptionError:
+    return OptionError(f"Clockwork: {what} does not fall into {groups} groups of equal size.")
 
 
 def _triangular(cell: nn.Module, periods: tuple[int, ...]) -> Masked:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, OptionError
 from ..types import Pytree, State
-from .nested import Make, Wrapper, positive, start, step
+from .nested import Make, Wrapper, beside, like, named, positive, start, step
 
 __all__ = ["Conditioned", "LearnedState"]
 
@@ -37,10 +37,10 @@ class Conditioned(Wrapper):
         if where not in _PLACES:
             raise OptionError.unknown("place of a condition", where, _PLACES)
         self.context_size, self.where, self.key = positive("Conditioned", "context_size", context_size), where, key
-        like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
-        leaves = pytree.tree_leaves(start(cell, 1, device=like.device, dtype=like.dtype)) if where != "step" else []
+        known = like(cell)
+        leaves = pytree.tree_leaves(start(cell, 1, device=known.device, dtype=known.dtype)) if where != "step" else []
         sizes = [leaf.numel() if isinstance(leaf, Tensor) and leaf.is_floating_point() else 0 for leaf in leaves]
-        options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": like.dtype}
+        options: dict[str, Any] = {"bias": False, "device": known.device, "dtype": known.dtype}
         self.initial = nn.ModuleList(
             nn.Linear(context_size, size, **options) if size else nn.Identity() for size in sizes
         )
@@ -70,11 +70,12 @@ class Conditioned(Wrapper):
     def forward(self, x: Pytree, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
         if self.where != "start":
             x, c = x if isinstance(x, tuple) else (x, self._context(constants))
+            beside("Conditioned", self.cell, x, self.context_size, "the context")
             x = torch.cat([x, c], -1)
         return step(self.cell, x, state, constants)
 
     def _context(self, constants: Pytree) -> Tensor:
-        given = constants[self.key] if self.key is not None and constants is not None else constants
+        given = named("Conditioned", constants, self.key)
         if not isinstance(given, Tensor) or given.shape[-1] != self.context_size:
             what = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
             place = "constants" if self.key is None else f"constants[{self.key!r}]"
@@ -91,8 +92,8 @@ class LearnedState(Wrapper):
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__(cell)
-        like = next((p for p in cell.parameters() if p.is_floating_point()), torch.empty(0))
-        leaves = pytree.tree_leaves(start(cell, 1, device=like.device, dtype=like.dtype))
+        known = like(cell)
+        leaves = pytree.tree_leaves(start(cell, 1, device=known.device, dtype=known.dtype))
         learned = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         self.initial = nn.ParameterList(nn.Parameter(leaf.detach().clone()) for leaf in learned)
 

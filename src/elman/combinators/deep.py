@@ -94,8 +94,17 @@ class Deep(Wrapper):
             return mlp.to(device=like(cell).device, dtype=like(cell).dtype)
 
         self.leaf = (_leaf_of_output(cell) if leaf is None else leaf) if transition else None
-        self.input, self.transition = block("input", input_size), block("transition", output_size)
+        self.input, self.transition = block("input", input_size), block("transition", self._carried)
         self.output = block("output", output_size)
+
+    def _carried(self, cell: nn.Module) -> int:
+        """Features of the leaf that the transition acts on."""
+        known = like(cell)
+        leaves = pytree.tree_leaves(start(cell, 1, device=known.device, dtype=known.dtype))
+        assert self.leaf is not None
+        if self.leaf >= len(leaves):
+            raise OptionError(f"Deep: leaf {self.leaf} is not there; the state has {len(leaves)}, counted from 0.")
+        return int(leaves[self.leaf].shape[-1])
 
     def forward(self, x: Tensor, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
         if self.transition is not None and self.leaf is not None:
@@ -123,6 +132,6 @@ def _leaf_of_output(cell: nn.Module) -> int:
 
 def _unknown(cell: nn.Module, why: str) -> CellError:
     return CellError(
-        f"Deep: which leaf of the state of {type(cell).__name__} goes from hidden to hidden is not known, since {why}. "
-        "Give its number as leaf=, or put Deep around the cell inside."
+        f"Deep: which leaf of the state of {type(cell).__name__} goes from hidden to hidden is not known, since "
+        f"{why.rstrip('.')}. Give its number as leaf=, or put Deep around the cell inside."
     )

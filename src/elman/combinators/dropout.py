@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from operator import attrgetter
 
 import torch
@@ -11,9 +12,10 @@ from torch.utils import _pytree as pytree
 from ..cells.gated import probability
 from ..drawn import DropMask
 from ..errors import OptionError
+from ..protocol import MISTAKES
 from ..types import Pytree, State
 from .masked import step_with
-from .nested import Wrapper, start, step
+from .nested import Wrapper, input_size, like, start, step
 
 __all__ = ["VariationalDropout", "WeightDrop"]
 
@@ -25,10 +27,13 @@ class VariationalDropout(Wrapper):
 
     x (B, D), y (B, O); each m holds 0 with its probability ``input``, ``state`` or ``output``, and else 1 / (1 - p),
     the same at all steps of a sequence, another for every sequence and ``scan``; in evaluation there is none. m_h acts
-    on what the step reads of the first floating leaf of the state, which is the output in the cells of elman.
+    on the first floating leaf of the state, h in the cells of elman, where it reaches the next one through products
+    with weights alone (Elman, LSTM). Where it is also handed on unit by unit (GRU, Leaky, Zoneout), a factor of
+    1 / (1 - p) at every step would have it grow without bound: take ``WeightDrop``, or a cell's ``recurrent_dropout``.
 
-    Raises OptionError for a probability outside [0, 1). Source: Gal and Ghahramani 2016, A theoretically grounded
-    application of dropout in recurrent neural networks, equation 7 (masks shared by the gates).
+    Raises OptionError for a probability outside [0, 1), and for ``state`` with a cell that hands its state on. Source:
+    Gal and Ghahramani 2016, A theoretically grounded application of dropout in recurrent neural networks, equation 7
+    (masks shared by the gates).
     """
 
     def __init__(self, cell: nn.Module, input: float = 0.0, state: float = 0.0, output: float = 0.0) -> None:
@@ -39,10 +44,16 @@ class VariationalDropout(Wrapper):
         for name, p in self.p.items():
             if probability("VariationalDropout", name, p):
                 self.masks[name] = DropMask(p, sizes[name]())
+        if state and _hands_on(cell):
+            raise OptionError(
+                f"VariationalDropout: {type(cell).__name__} hands its state on from step to step, not through products "
+                "with weights alone: under a mask on it it would grow without bound. Use WeightDrop or the cell's "
+                "recurrent_dropout instead of state=, or put VariationalDropout around the cell inside."
+            )
 
     def _width(self) -> int:
-        like = next((p for p in self.cell.parameters() if p.is_floating_point()), torch.empty(0))
-        state = start(self.cell, 1, device=like.device, dtype=like.dtype)
+        known = like(self.cell)
+        state = start(self.cell, 1, device=known.device, dtype=known.dtype)
         return next(leaf.shape[-1] for leaf in pytree.tree_leaves(state) if leaf.is_floating_point())
 
     def forward(self, x: Tensor, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
@@ -59,6 +70,28 @@ class VariationalDropout(Wrapper):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={p}" for name, p in self.p.items() if p)
+
+
+def _hands_on(cell: nn.Module) -> bool:
+    """Whether the first floating leaf of the state reaches the next one although all matrices are zero."""
+    still = copy.deepcopy(cell)
+    with torch.no_grad():
+        for parameter in still.parameters():
+            if parameter.dim() > 1:
+                parameter.zero_()
+    known = like(still)
+    try:
+        state = start(still, 1, device=known.device, dtype=known.dtype)
+        leaves, spec = pytree.tree_flatten(state)
+        first = next(i for i, leaf in enumerate(leaves) if leaf.is_floating_point())
+        leaves[first] = old = torch.full_like(leaves[first], 0.5).requires_grad_()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            _, after = step(still, known.new_zeros(1, input_size(still)), pytree.tree_unflatten(leaves, spec))
+            new = pytree.tree_leaves(after)[first]
+            by = torch.autograd.grad(new.sum(), old, allow_unused=True)[0] if new.requires_grad else None
+    except MISTAKES:  # it reads constants, or does not say what it reads
+        return False
+    return by is not None and bool(by.any())
 
 
 class WeightDrop(Wrapper):

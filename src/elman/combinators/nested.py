@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CellError, ElmanError, OptionError
+from ..errors import CellError, ElmanError, InputError, OptionError
 from ..protocol import MISTAKES, initial_state, pair_of, written
 from ..types import Pytree, State
 
-__all__ = ["Make", "Wrapper", "like", "output_size", "positive", "said", "start", "step"]
+__all__ = ["Make", "Wrapper", "beside", "like", "named", "output_size", "positive", "said", "start", "step"]
 
 
 class Make(Protocol):
@@ -107,6 +107,28 @@ def _silent(cell: nn.Module, name: str) -> CellError:
     return CellError(
         f"{kind} does not say its {name}, which what is built around it must know. Set self.{name} in {kind}.__init__."
     )
+
+
+def named(owner: str, constants: Pytree, key: str | None) -> Any:
+    """The constants, or those under ``key``. Raises InputError where there are none of that name."""
+    if key is None:
+        return constants
+    if not isinstance(constants, Mapping):
+        given = "none" if constants is None else f"a {type(constants).__name__}"
+        raise InputError(f"{owner} reads constants[{key!r}]; got {given}. Pass constants={{{key!r}: …}}.")
+    if key not in constants:
+        raise InputError(f"{owner} reads constants[{key!r}]; there are {', '.join(map(repr, constants))}.")
+    return constants[key]
+
+
+def beside(owner: str, cell: nn.Module, x: Tensor, more: int, what: str) -> None:
+    """Raises InputError where a cell that says what it reads does not read x and ``more`` features beside it."""
+    reads = said(cell, "input_size")
+    if reads is not None and x.shape[-1] + more != reads:
+        raise InputError(
+            f"{owner}: x has {x.shape[-1]} features and {what} {more}, but {type(cell).__name__} reads {reads}. "
+            f"Build it with input_size={x.shape[-1] + more}."
+        )
 
 
 def positive(owner: str, name: str, value: Any) -> int:

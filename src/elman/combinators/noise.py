@@ -28,15 +28,16 @@ class Zoneout(Wrapper):
 
     def __init__(self, cell: nn.Module, p: float | list[float] = 0.1) -> None:
         super().__init__(cell)
-        given = p if isinstance(p, list | tuple) else [p]
-        self.p = [probability("Zoneout", "p", value) for value in given]
+        given = p if isinstance(p, list | tuple) and p else [p]
+        self.p = [probability("Zoneout", "p", value) for value in given]  # type: ignore[arg-type]
 
     def forward(self, x: Pytree, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
         y, new = step(self.cell, x, state, constants)
+        count = sum(leaf.is_floating_point() for leaf in pytree.tree_leaves(new))
+        if len(self.p) not in (1, count):
+            raise OptionError(f"Zoneout: p has {len(self.p)} probabilities, and the state {count} leaves.")
 
         def mix(leaf: int, old: Tensor, u: Tensor) -> Tensor:
-            if len(self.p) > 1 and leaf >= len(self.p):
-                raise OptionError(f"Zoneout: p has {len(self.p)} probabilities, and the state has more leaves.")
             p = self.p[leaf % len(self.p)]
             if not self.training:
                 return u + p * (old - u)

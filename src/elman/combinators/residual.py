@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..recording import record
 from ..types import Pytree, State
-from .nested import Wrapper, step
+from .nested import Wrapper, like, step
 
 __all__ = ["Highway", "Residual"]
 
@@ -27,7 +29,8 @@ class Residual(Wrapper):
     def __init__(self, cell: nn.Module) -> None:
         super().__init__(cell)
         fits = self.input_size == self.output_size
-        self.projection = None if fits else nn.Linear(self.input_size, self.output_size, bias=False)
+        alike: dict[str, Any] = {"device": like(cell).device, "dtype": like(cell).dtype}
+        self.projection = None if fits else nn.Linear(self.input_size, self.output_size, bias=False, **alike)
 
     def forward(self, x: Tensor, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
         y, state = step(self.cell, x, state, constants)
@@ -47,7 +50,7 @@ class Highway(Residual):
 
     def __init__(self, cell: nn.Module, *, carry_bias: float = -1.0) -> None:
         super().__init__(cell)
-        self.gate = nn.Linear(self.input_size, self.output_size)
+        self.gate = nn.Linear(self.input_size, self.output_size, device=like(cell).device, dtype=like(cell).dtype)
         nn.init.constant_(self.gate.bias, carry_bias)
 
     def forward(self, x: Tensor, state: State, constants: Pytree = None) -> tuple[Tensor, State]:

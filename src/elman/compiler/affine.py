@@ -56,7 +56,7 @@ def _chunks(steps: int) -> tuple[int, int]:
 
 
 def finite(values: list[Tensor]) -> bool:
-    """Whether nothing overflowed: 0 · ∞ would not be the 0 that the plain loop gives."""
+    """Whether nothing overflowed, or was infinite before: 0 · ∞ would not be the 0 that the plain loop gives."""
     return all(bool(value.isfinite().all()) for value in values)
 
 
@@ -133,7 +133,6 @@ def write_chunks(lw: LoopWriter) -> None:
     now = [lw.env[state] for state in states]
     first = [w.fresh(f"{state.name}_first") for state in states]
     along = [[w.fresh(f"{state.name}_along_{other.name}") for state in states] for other in states]
-    products = [name for names in along for name in names]
     count, length, here, order, i = (w.fresh(name) for name in ("count", "length", "here", "order", "i"))
     like = states[0].meta["val"]
     line("# affine: chunks of steps side by side, where a step alone is short of work")
@@ -153,8 +152,10 @@ def write_chunks(lw: LoopWriter) -> None:
             line(f"{names[states.index(state)]} = torch.{'ones' if state is other else 'zeros'}_like({name})", 2)
     line(f"for {i} in {order}:", 2)
     _write_body(lw, 3, views, along)
-    line(f"if {w.names.of(finite, 'finite')}([{', '.join([*now, *products])}]):", 2)
-    _write_carry(lw, count, now, first, along)
+    carried, starts = _write_carry(lw, count, now, first, along)
+    # A chunk, or a product, that is not finite makes a state after it what is not finite either.
+    line(f"if {w.names.of(finite, 'finite')}([{', '.join([*starts, *carried])}]):", 2)
+    line(f"{', '.join(now)} = {', '.join(starts)}", 3)
     line(f"for {i} in {order}:", 3)
     _write_body(lw, 4, views, [])
     line(f"{', '.join(now)} = {', '.join(f'{name}[0 if reverse else -1]' for name in now)}", 3)
@@ -183,25 +184,28 @@ def _write_body(lw: LoopWriter, depth: int, views: dict[fx.Node, str], along: li
     w.line(f"{', '.join([*now, *(name for names in along for name in names)])} = {', '.join(new)}", depth)
 
 
-def _write_carry(lw: LoopWriter, count: str, now: list[str], first: list[str], along: list[list[str]]) -> None:
-    """From chunk to chunk; afterwards ``now`` holds the first states of all chunks."""
+def _write_carry(
+    lw: LoopWriter, count: str, now: list[str], first: list[str], along: list[list[str]]
+) -> tuple[list[str], list[str]]:
+    """From chunk to chunk. Returns the names of the states after the last one, and of the first states of all."""
     w, line = lw.w, lw.w.line
-    last = [w.fresh(f"{name}_last") for name in now]
+    carried = [w.fresh(f"{name}_carried") for name in now]
     starts = [w.fresh(f"{name}_starts") for name in now]
-    for name, of, start in zip(now, last, starts, strict=True):
-        line(f"{of}, {start} = {name}, torch.empty_like({name})", 3)
+    line(f"{', '.join(carried)} = {', '.join(first)}", 2)
+    for name, start in zip(now, starts, strict=True):
+        line(f"{start} = torch.empty_like({name})", 2)
     c = w.fresh("c")
-    line(f"for {c} in range({count})[::-1] if reverse else range({count}):", 3)
-    for name, start in zip(first, starts, strict=True):
-        line(f"{start}[{c}] = {name}", 4)
+    line(f"for {c} in range({count})[::-1] if reverse else range({count}):", 2)
+    for name, start in zip(carried, starts, strict=True):
+        line(f"{start}[{c}] = {name}", 3)
     new = []
-    for i, of in enumerate(last):
-        text = f"{of}[{c}]"
-        for name, names in zip(first, along, strict=True):
+    for i, last in enumerate(now):
+        text = f"{last}[{c}]"
+        for name, names in zip(carried, along, strict=True):
             text = f"torch.addcmul({text}, {names[i]}[{c}], {name})"
         new.append(text)
-    line(f"{', '.join(first)} = {', '.join(new)}", 4)
-    line(f"{', '.join(now)} = {', '.join(starts)}", 3)
+    line(f"{', '.join(carried)} = {', '.join(new)}", 3)
+    return carried, starts
 
 
 def _tangent(node: fx.Node, along: dict[fx.Node, str], env: dict[fx.Node, str]) -> str:

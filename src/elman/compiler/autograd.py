@@ -49,7 +49,9 @@ class Call:
         Those after the end of the longest sequence have no rows, and nothing to run.
         """
         rows, size = self.rows, size or self.rows.steps
-        edges = list(range(0, rows.steps, max(size, 1))) or [0]
+        if size >= rows.steps:
+            return [(rows, slice(0, rows.total))]
+        edges = list(range(0, rows.steps, max(size, 1)))
         found = []
         for first in edges:
             last = min(first + size, rows.steps)
@@ -197,7 +199,8 @@ def _run_backward(
 def _differentiable_backward(call: Call, needs: Any, tensors: Any, grads: Any) -> list[Tensor | None]:
     """The gradients as differentiable functions: the plain loop, differentiated by autograd with create_graph."""
     with torch.enable_grad():
-        inputs = [t if need else t.detach() for t, need in zip(tensors, needs, strict=True)]
+        # Views, for one of them may have been computed from another, and that way is not part of this gradient.
+        inputs = [t.view_as(t) if need else t.detach() for t, need in zip(tensors, needs, strict=True)]
         outputs = plain(call, inputs)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]

@@ -78,8 +78,10 @@ class Compiled:
         """The invariant values of one call."""
         if self.trivial:
             return [leaves[i] for i in self.taken]
-        with torch.autocast(device, enabled=False):
-            return self.invariant(batch, [], [], leaves, [])[0]
+        if torch.is_autocast_enabled(device):  # casts are part of the program
+            with torch.autocast(device, enabled=False):
+                return self.weights(batch, leaves, device)
+        return self.invariant(batch, [], [], leaves, [])[0]
 
     def draws(self, rows: int, device: torch.device) -> list[Tensor]:
         """All random numbers of one call, (N, …) each."""

@@ -67,11 +67,9 @@ def product(left: Tensor, right: Tensor, packed: bool = False) -> Tensor:
 
 
 def added(bias: Tensor, left: Tensor, right: Tensor, packed: bool = False) -> Tensor:
-    """bias + (M, K) @ (K, N), the bias (N) or (M, N), ``right`` packed or not."""
+    """bias + (M, K) @ (K, N), the bias (N), or anything that expands to (M, N), ``right`` packed or not."""
     linear = torch.ops.mkldnn._linear_pointwise
-    weight = right if packed else _dense(right.t())
-    if bias.dim() == 1:
+    weight = right if packed else _dense(right.t())  # (N, K)
+    if bias.shape == weight.shape[:1]:
         return linear(left, weight, bias, "none", [], "")
-    if bias.shape[0] != left.shape[0]:
-        bias = bias.expand(left.shape[0], -1)
-    return linear.binary(left, bias, weight, None, "add")
+    return linear.binary(left, bias.expand(left.shape[0], weight.shape[0]), weight, None, "add")

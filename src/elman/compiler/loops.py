@@ -166,7 +166,7 @@ class LoopWriter:
                 name = w.fresh(f"{node.name}_t")
                 part = w.fresh(f"{node.name}_all")
                 w.line(f"{part} = {self.buffers[cat]}.narrow({dim}, {at}, {size})")
-                w.line(f"{name} = {part}.split(sizes)")
+                w.line(f"{name} = {part}.split_with_sizes(sizes)")
                 self.buffers[node] = part
                 self.out[node] = f"{name}[t]"
             elif cat in self.out:
@@ -220,7 +220,7 @@ class LoopWriter:
         if self.affine:
             self.flat[node] = text
         else:
-            self.w.line(f"{self.views[node]} = {text}.split(sizes)")
+            self.w.line(f"{self.views[node]} = {text}.split_with_sizes(sizes)")
 
     def _body(self) -> None:
         w, line = self.w, self.w.line

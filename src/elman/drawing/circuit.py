@@ -111,10 +111,19 @@ def _folded(found: Shown) -> dict[tuple[Role, Role], list[Part]]:
     for link in found.links:
         pairs[link.source[0], link.target[0]][link.source[1], link.target[1]] = link
     times = {role: [t for t in found.times(role) if t is not None] for role in found.roles}
-    return {(a, b): _parts(times[a], times[b], links) for (a, b), links in pairs.items()}
+    return {
+        (a, b): _parts(times[a], times[b], links, _of_one_run(a, b), b in found.reversed)
+        for (a, b), links in pairs.items()
+    }
 
 
-def _parts(sources: list[int], targets: list[int], links: dict[Pair, Link]) -> list[Part]:
+def _of_one_run(a: Role, b: Role) -> bool:
+    return isinstance(a, tuple) and isinstance(b, tuple) and isinstance(a[0], int) and a[0] == b[0]
+
+
+def _parts(
+    sources: list[int], targets: list[int], links: dict[Pair, Link], one_run: bool, backward: bool
+) -> list[Part]:
     weights = tuple(dict.fromkeys(w for link in links.values() for w in link.weights))
     if not targets or not sources:  # one of them stands for all steps
         if targets:
@@ -130,7 +139,9 @@ def _parts(sources: list[int], targets: list[int], links: dict[Pair, Link]) -> l
     found: list[Part] = []
     for delay in sorted({u - t for t, u in pairs}):
         possible = sum(t + delay in targets for t in sources)
-        if sum(u - t == delay for t, u in pairs) == possible and (possible > 1 or len(targets) < 3):
+        # One link alone is a delay that is seen at work once, unless it makes the first state of another run.
+        often = possible > 1 or len(targets) < 3 or one_run or (delay > 0 and not backward)
+        if often and sum(u - t == delay for t, u in pairs) == possible:
             found.append(("every", delay, _weights_of(links, delay)))
     return found or [("first", 0, weights)]
 

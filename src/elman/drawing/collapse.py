@@ -51,7 +51,7 @@ def _rows_left_out(diagram: Diagram) -> Diagram:
         if not low < rank[group(node)] < high:
             return None
         name = "more" if node.time is None else f"more({node.time})"
-        return Node(name, "more", r"$\vdots$", time=node.time, clock=node.clock)
+        return Node(name, "more", r"$\vdots$", time=node.time, clock=node.clock, column=node.column)
 
     return _replaced(diagram, hidden)
 

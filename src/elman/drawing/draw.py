@@ -36,10 +36,13 @@ class Picture:
         return self._drawn("png")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .svg or .png file. Raises OptionError for another ending."""
+        """Write a .svg or .png file. Raises OptionError for another ending or a missing folder."""
         form = Path(path).suffix.lower().removeprefix(".")
         if form not in _FORMS:
             raise OptionError(f"a picture is saved as .svg or .png; got {str(path)!r}.")
+        if not Path(path).parent.is_dir():
+            folder = str(Path(path).parent)
+            raise OptionError(f"there is no folder {folder!r} to save a picture in; make it first, or save elsewhere.")
         Path(path).write_bytes(self._drawn(form))
 
     def _drawn(self, form: str) -> bytes:

@@ -73,8 +73,9 @@ def _rows(diagram: Diagram, rank: dict[str, int]) -> dict[str, tuple[float, floa
     for level in range(max(rank.values(), default=0) + 1):
         here = [g for g in groups if rank[g] == level]
         lying = [g for g in here if kinds[g] in ("input", "constant", "target")]
-        for i, name in enumerate(lying):
-            found[name] = (y, (i - (len(lying) - 1) / 2) * 0.75)
+        crowded = any(timed[g] for g in here if g not in lying) and any(timed[g] for g in lying)
+        for i, name in enumerate(lying):  # where something is computed at the same height, higher than that, and aside
+            found[name] = (y + 0.6 * ROW * crowded, (i - (len(lying) - 1) / 2) * 0.75 - 0.7 * crowded)
         alone = [g for g in here if g not in lying and not timed[g]]
         found.update((name, (y, 0.0)) for name in alone)
         rest = [g for g in here if g not in lying and g not in alone]
@@ -83,7 +84,7 @@ def _rows(diagram: Diagram, rank: dict[str, int]) -> dict[str, tuple[float, floa
         rest = [g for g in rest if g not in between]
         for i, name in enumerate(rest):
             found[name] = (y + i * 0.8 * ROW, 0.42 * i)
-        y += ROW + 0.8 * ROW * max(0, len(rest) - 1)
+        y += ROW + 0.8 * ROW * max(0, len(rest) - 1) + 0.5 * ROW * crowded
     return found
 
 

@@ -89,7 +89,7 @@ def _letter(found: Shown, kinds: dict[Role, Kind], folded: Folded, role: Role) -
             return "s"
         return "g" if role in found.reversed else "h"
     if kind == "gate":
-        return next((a.recorded for a in atoms if a.recorded), atom.op.strip("_")).split(".")[-1]
+        return next((a.recorded for a in atoms if a.recorded), _operation(atom.op)).split(".")[-1]
     if kind in ("operator", "sum"):
         return _OPERATORS[atom.op]
     if None in found.times(role) and any(None not in found.times(r) for r in kinds):
@@ -97,6 +97,11 @@ def _letter(found: Shown, kinds: dict[Role, Kind], folded: Folded, role: Role) -
     if "state" not in kinds.values() and not any(kinds[a] == "hidden" for a, b in folded if b == role and a != role):
         return "h"
     return ""
+
+
+def _operation(op: str) -> str:
+    """What PyTorch calls an operation, less what only says how it is computed: native_layer_norm is layer norm."""
+    return op.strip("_").removeprefix("native_").removesuffix("_forward").replace("_", " ")
 
 
 def weight_labels(

@@ -24,10 +24,9 @@ def carried_by(run: Run) -> list[list[int]] | str:
     if leaf is None:
         return "its step reads nothing"
     rows = rows_of(1, leaf.shape[0])
-    own = {**dict(run.cell.named_parameters()), **dict(run.cell.named_buffers())}
     try:
         protocol, fixed = prepare(run.cell, rows, x, state, constants[0] if constants else None, False)
-        program = program_of(protocol, Signature.of(protocol.xs.leaves, protocol.state.leaves, fixed, own))
+        program = program_of(protocol, Signature.of(protocol.xs.leaves, protocol.state.leaves, fixed, protocol.tensors))
     except UnfoldError as error:
         return f"{type(error).__name__}: {error}"
     return [loop.carried for loop in program.program.loops]

@@ -87,13 +87,10 @@ class _Pen:
             shape = Circle((x, y), radius)
         shape.set(facecolor=fill, edgecolor=line, linewidth=1.3, zorder=3)
         self.axes.add_patch(shape)
-        size = 14 if len(node.letter) < 3 else 9 if node.kind == "gate" else 11
-        if node.time is not None and node.kind != "operator":
-            size = 12
         if node.kind == "gate":
             self.axes.text(x, y, node.letter, ha="center", va="center", fontsize=8.5, color="#111111", zorder=4)
         elif node.kind != "delay":
-            self.axes.text(x, y, node.label, ha="center", va="center", fontsize=size, color="#111111", zorder=4)
+            self.axes.text(x, y, node.label, ha="center", va="center", fontsize=_size(node), color="#111111", zorder=4)
         if self._captioned(node):
             self.axes.text(
                 x - radius - 0.08, y, node.caption, ha="right", va="center", fontsize=8, color="#555555", zorder=4
@@ -151,7 +148,7 @@ class _Pen:
                 free = min(min(_far(spot, taken) for taken in self.taken), 0.3)
                 if free > room + 0.02:
                     best, room = spot, free
-        self.taken.append(best)
+        self.taken += [(best[0] - 0.2, best[1]), best, (best[0] + 0.2, best[1])]
         return best
 
     def _hits(self, points: list[Place], name: str) -> bool:
@@ -206,13 +203,11 @@ class _Pen:
         lines: list[tuple[str, str, str]] = []
         if 0 in marks:
             lines.append((*SEGMENT, "segment: all steps at once"))
-        loops = sorted(m for m in marks if m)
-        for loop in loops if len(loops) < 5 else loops[:2]:
-            lines.append(
-                (*_colours(loop), f"loop {loop}: step after step" if len(marks) > 2 else "loop: step after step")
-            )
+        loops = sorted(m for m in marks if m)  # counted as they are seen: one that carries a counter alone is not
+        for i, loop in enumerate(loops if len(loops) < 5 else loops[:2], 1):
+            lines.append((*_colours(loop), f"loop {i if len(loops) > 1 else ''}".rstrip() + ": step after step"))
         if len(loops) > 4:
-            lines.append((*_colours(loops[-1]), f"… loop {loops[-1]}"))
+            lines.append((*_colours(loops[-1]), f"… loop {len(loops)}"))
         delays = {e.delay for e in self.diagram.edges} | (
             {1} if any(n.kind == "delay" for n in self.nodes.values()) else set()
         )
@@ -236,6 +231,15 @@ def _radius(node: Node) -> float:
     if node.kind in ("sum", "operator"):
         return 0.2
     return RADIUS if node.letter else 0.2
+
+
+def _size(node: Node) -> float:
+    """The size of the letters in a circle, in points: smaller where a name would reach over it."""
+    usual = 12 if node.time is not None and node.kind != "operator" else 14 if len(node.letter) < 3 else 11
+    if len(node.letter) < 3 or node.letter.startswith("\\") or node.kind in ("operator", "sum"):
+        return usual
+    high = 0 if node.time is None else len(f"({node.time})")
+    return min(usual, 2 * RADIUS * 0.52 * 72 * 0.88 / (0.52 * len(node.letter) + 0.37 * max(high, len(node.index))))
 
 
 def _colours(loop: int | None) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from .watch import Run, Watch, is_cell
 __all__ = ["Unrolled", "unroll"]
 
 _BATCH = 2
+_CELLS = {nn.RNN: "ElmanCell", nn.LSTM: "LSTMCell", nn.GRU: "GRUCell"}
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,15 @@ def unroll(
     if not isinstance(network, nn.Module):
         given = f"the class {network.__name__}" if isinstance(network, type) else repr(network)
         raise CellError(f"draw takes a cell or a network, an nn.Module; got {given}.")
+    _layers_refused(network)
     cell = _steps_alone(network)
     xs = _example(network) if xs is None else xs
+    other = next((leaf for leaf in pytree.tree_leaves(xs) if not isinstance(leaf, Tensor)), None)
+    if other is not None:
+        raise InputError(
+            f"xs must be an example of what {type(network).__name__} reads, tensors (T, B, …); got {other!r}. "
+            "The number of steps to draw is unroll=."
+        )
     watch = Watch(network)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     names = _argument_names(network, xs, cell) if names is None else list(names)
@@ -87,6 +95,27 @@ def unroll(
     outputs = [watch.of(leaf).atoms for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     known = {n: m for n, m in network.named_modules() if is_cell(m) and _known(m)}
     return Unrolled(outputs, watch.runs, {name: type(module).__name__ for name, module in known.items()})
+
+
+def _layers_refused(network: nn.Module) -> None:
+    """torch.nn's recurrent layers, and elman's in their place, show nothing of what happens between two steps."""
+    name, layer = next(((n, m) for n, m in network.named_modules() if isinstance(m, nn.RNNBase)), ("", None))
+    if layer is None:
+        return
+    kind = type(layer).__name__
+    cell = next((c for kind, c in _CELLS.items() if isinstance(layer, kind)), "GRUCell")
+    width = layer.proj_size or layer.hidden_size
+    reads = [layer.input_size, *[width * (1 + layer.bidirectional)] * (layer.num_layers - 1)]
+    cells = [f"{cell}({size}, {layer.hidden_size})" for size in reads]
+    net = cells[0] if len(cells) == 1 else f"Stack([{', '.join(cells if len(cells) < 4 else [*cells[:3], '…'])}])"
+    where = f"{kind}, the layer {name!r} of {type(network).__name__}," if name else f"{kind} is a layer that"
+    if layer.bidirectional:
+        net = f"Bidirectional({cells[0]}, {cells[0]})"
+    first = " for the first layer" if layer.bidirectional and len(cells) > 1 else ""
+    raise InputError(
+        f"{where} unfolds its cells inside one operation, so its recurrence cannot be seen. "
+        f"Draw the cells instead: draw({net}){first}."
+    )
 
 
 def _known(module: nn.Module) -> bool:

@@ -93,7 +93,7 @@ class Watch(TorchDispatchMode):
         outs = _tensors(out)
         if not outs:
             return out
-        name = func._schema.name.split("::")[1]
+        name = func._schema.name.split("::")[1].removeprefix("unsafe_")
         self.events += 1
         if func._schema.is_mutable:
             self._written(name.rstrip("_"), args, kwargs)
