@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import elman
 from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.combinators import Residual, Stack
+from elman.combinators.attend import Attend
 from elman.combinators.conditioned import Conditioned, LearnedState
 from elman.combinators.deep import Deep
 from elman.combinators.delay import Delay, TimeSkip
@@ -121,6 +122,11 @@ CELLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "jordan": (lambda: jordan(D, H, 2), {}),
     "learned state": (lambda: LearnedState(ElmanCell(D, H)), {}),
     "conditioned": (lambda: Conditioned(ElmanCell(D + 2, H), 2, where="both"), {"constants": torch.zeros(2, 2)}),
+    "attend, conditioned": (
+        lambda: Conditioned(Attend(GRUCell(D + 7, H), 5, key="m"), 2, key="s"),
+        {"constants": {"m": torch.zeros(2, 6, 5), "s": torch.zeros(2, 2)}},
+    ),
+    "attend": (lambda: Attend(GRUCell(D + 5, H), 5), {"constants": torch.zeros(2, 6, 5)}),
 }
 
 NETWORKS: dict[str, Any] = {

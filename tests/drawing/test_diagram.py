@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import elman
-from elman.cells import ElmanCell, LSTMCell
+from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.combinators.attend import Attend
+from elman.combinators.delay import Delay
 from elman.drawing import Diagram, draw
 from elman.networks.jordan import jordan
+from elman.spec import parse_spec
 
 from .nets import CELLS, NETWORKS, D, H, Tree, UserNet, sequence
 
@@ -54,6 +57,7 @@ def drawn(name: str, steps: int = 0, network: nn.Module | None = None) -> Diagra
     xs = sequence().double() if network is not None else sequence()
     if name in CELLS:
         make, options = CELLS[name]
+        options = pytree.tree_map(lambda value: value.to(xs.dtype), options)
         return draw(network or make(), xs, unroll=steps, **options).diagram
     names = ["y"] if name == "shifted" else None
     return draw(network or NETWORKS[name](), xs, unroll=steps, names=names).diagram
@@ -116,7 +120,7 @@ def gradients(network: nn.Module, name: str, steps: int) -> Tensor:
     """Whether y(u) depends on x(t), (T, U), by autograd of the network itself."""
     xs = torch.randn(steps, 2, D, dtype=torch.float64, requires_grad=True)
     if name in CELLS:
-        options = {k: torch.randn(2, *v.shape[1:], dtype=torch.float64) for k, v in CELLS[name][1].items()}
+        options = pytree.tree_map(lambda v: torch.randn(2, *v.shape[1:], dtype=torch.float64), CELLS[name][1])
         ys = elman.scan(network, xs, backend="reference", **options)[0]
     else:
         ys = network(xs)
@@ -217,3 +221,45 @@ def test_nothing_is_left_behind() -> None:
     draw(network, sequence())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in network.named_parameters())
+
+
+@pytest.mark.parametrize("cell", [GRUCell, LSTMCell])
+@pytest.mark.parametrize(("delay", "steps"), [(4, 5), (4, 9), (2, 3), (2, 2), (1, 3)])
+def test_a_delay_seen_once_is_a_delay(cell: Any, delay: int, steps: int) -> None:
+    """Whether the run is long enough for many steps to read a late state, or for one alone."""
+    diagram = draw(Delay(cell(D, H), delay), unroll=steps).diagram
+    late = [(e.source, e.target, e.label) for e in diagram.edges if not e.source.startswith("x")]
+    assert late == [(f"h({t})", f"h({t + delay})", "$W$") for t in range(1, steps - delay + 1)]
+
+
+@pytest.mark.parametrize("delay", [7, 95])
+def test_a_circuit_is_followed_until_every_delay_is_seen(delay: int) -> None:
+    diagram = draw(Delay(ElmanCell(D, H), delay)).diagram
+    assert {(e.source, e.target, e.delay, e.label) for e in diagram.edges} == {
+        ("x", "h", 0, "$U$"),
+        ("h", "h", delay, "$W$"),
+    }
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_first_state_that_is_made_is_no_delay(steps: int) -> None:
+    class Handed(nn.Module):
+        """The last state of one cell, by a matrix, is the first of another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.make = GRUCell(D, H), GRUCell(D, H), nn.Linear(H, H)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return elman.scan(self.other, z, self.make(elman.scan(self.one, x)[1]))[0]
+
+    diagram = draw(Handed(), (sequence(4), sequence(5)), unroll=steps).diagram
+    made = [(e.source, e.target) for e in diagram.edges if e.label.startswith("$G")]
+    assert made == [(f"h1({steps})", "h2(0)")]
+
+
+def test_operations_are_named_as_people_do() -> None:
+    cells = [LSTMCell(D, H, layer_norm=True), parse_spec("minlstm(4)").make(D, H), parse_spec("mingru(4)").make(D, H)]
+    letters = {n.letter for cell in cells for n in draw(cell, detail=True).diagram.nodes if n.kind == "gate"}
+    assert "layer norm" in letters
+    assert not [word for word in letters if "_" in word or "native" in word or "split" in word]

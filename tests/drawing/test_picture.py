@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,14 @@ from typer.testing import CliRunner
 import elman
 from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.cli.draw import draw as command
-from elman.combinators import Stack
-from elman.drawing import Diagram, draw
+from elman.combinators import Residual, Stack
+from elman.combinators.attend import Attend
+from elman.combinators.conditioned import Conditioned
+from elman.drawing import Diagram, draw, render
 from elman.drawing.collapse import MOST_ROWS, MOST_STEPS, collapsed
 from elman.drawing.layout import place, ranks
 from elman.errors import CellError, DataDependentError, InputError, OptionError, UnfoldError
+from elman.spec import parse_spec
 
 from .nets import CELLS, NETWORKS, Branching, D, H, Tree, UserNet, sequence
 
@@ -96,6 +101,20 @@ def test_many_layers_become_few() -> None:
     assert {n.label for n in small.nodes} >= {"$x$", "$h_{1}$", "$h_{30}$", r"$\vdots$"}
 
 
+@pytest.mark.parametrize(
+    ("layers", "make"),
+    [(6, lambda: Residual(GRUCell(D, D))), (8, lambda: Residual(GRUCell(D, D))), (30, lambda: GRUCell(D, D))],
+)
+def test_many_steps_of_many_layers_become_few(layers: int, make: Callable[[], nn.Module]) -> None:
+    small = collapsed(draw(Stack([make() for _ in range(layers)]), unroll=12).diagram)
+    places = place(small)
+    columns = {node.time: places[node.name][0] for node in small.nodes if node.kind == "input"}
+    assert sorted(t for t in columns if t) == [1, 2, 3, 4, 11, 12]
+    dots = [node for node in small.nodes if node.letter == r"$\vdots$"]
+    assert {node.time: places[node.name][0] for node in dots} == columns
+    assert max(x for x, _ in places.values()) == columns[12]
+
+
 def test_a_shared_delay_is_one_square() -> None:
     diagram = draw(LSTMCell(D, H), detail=True).diagram.with_delay_nodes()
     squares = [node for node in diagram.nodes if node.kind == "delay"]
@@ -165,6 +184,65 @@ def test_what_cannot_be_compiled_is_drawn_without_marks() -> None:
     assert diagram.loops is None
     assert "MixedRowsError" in diagram.note
     assert {edge.loop for edge in diagram.edges} == {None}
+
+
+def test_long_names_stay_inside() -> None:
+    """The words of a name, as matplotlib measures them, against the shape around them."""
+    for names in (["source"], ["temperature"], ["extraordinarily"]):
+        for steps in (0, 12):
+            options: dict[str, Any] = {"constants": {"speaker": torch.zeros(2, 2)}, "names": names}
+            diagram = draw(
+                Conditioned(GRUCell(D + 2, H), 2, key="speaker"), sequence(), unroll=steps, **options
+            ).diagram
+            for words, shape in shapes_and_words(diagram):
+                assert shape.x0 <= words.x0 < words.x1 <= shape.x1, names
+
+
+def shapes_and_words(diagram: Diagram) -> list[tuple[Any, Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_aspect("equal")
+    pen = render._Pen(axes, collapsed(diagram))
+    pen.draw()
+    box = pen.box
+    figure.set_size_inches((box[1] - box[0]) * render._INCHES, (box[3] - box[2]) * render._INCHES)
+    figure.canvas.draw()
+    labels = {t.get_text(): t.get_window_extent() for t in axes.texts}
+    at = {node.label: axes.transData.transform(pen.places[node.name]) for node in pen.nodes.values()}
+    found = [(labels[n.label], n.label) for n in pen.nodes.values() if n.kind in ("input", "constant", "state")]
+    around = [p.get_window_extent() for p in axes.patches]
+    return [
+        (words, min((s for s in around if s.contains(*at[label])), key=lambda s: s.width)) for words, label in found
+    ]
+
+
+def test_the_legend_counts_the_loops_that_are_seen() -> None:
+    """A clockwork has a loop for its counter besides, which no node shows."""
+    clock = parse_spec("clockwork(elman(4), [1, 2])")
+    assert legend(draw(clock.make(D, H)).diagram) == ["segment: all steps at once", "loop: step after step"]
+    both = legend(draw(Stack([clock.make(D, H), clock.make(H, H)])).diagram)
+    assert both[1:] == ["loop 1: step after step", "loop 2: step after step"]
+
+
+def legend(diagram: Diagram) -> list[str]:
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_axes((0, 0, 1, 1))
+    render._Pen(axes, diagram).draw()
+    return [text.get_text() for text in axes.texts if "step after" in text.get_text() or "segment" in text.get_text()]
+
+
+def test_the_command_makes_up_constants(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    done = CliRunner().invoke(app, [str(tmp_path / "net.svg"), "--cell", "attend(gru(16), 6)", "--hidden", "8"])
+    assert done.exit_code == 0, done.output
+    cell = Attend(GRUCell(14, 16), 6)
+    assert (tmp_path / "net.svg").read_text(encoding="utf-8") == draw(cell, constants=torch.zeros(1, 8, 6)).svg()
 
 
 def test_the_command(tmp_path: Path) -> None:

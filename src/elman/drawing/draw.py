@@ -90,7 +90,8 @@ def draw(
         detail: show the inside of cells.
         names: how the leaves of xs are called, else their keys, the names of arguments, or x.
 
-    Raises OptionError for an impossible ``unroll`` or path, CellError, InputError and UnfoldError as ``scan`` does.
+    Raises OptionError for an impossible ``unroll`` or path, InputError for layers (nn.LSTM, elman.LSTM, …), which show
+    nothing of what happens between their steps, CellError, InputError and UnfoldError as ``scan`` does.
     Source: Goodfellow, Bengio, Courville, Deep Learning (2016), section 10.1 and figure 10.2.
     """
     if not isinstance(unroll, int) or isinstance(unroll, bool) or not 0 <= unroll <= _MOST:

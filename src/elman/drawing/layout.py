@@ -73,9 +73,9 @@ def _rows(diagram: Diagram, rank: dict[str, int]) -> dict[str, tuple[float, floa
     for level in range(max(rank.values(), default=0) + 1):
         here = [g for g in groups if rank[g] == level]
         lying = [g for g in here if kinds[g] in ("input", "constant", "target")]
-        crowded = any(timed[g] for g in here if g not in lying) and any(timed[g] for g in lying)
+        crowded = bool(lying) and any(timed[g] for g in here if g not in lying)
         for i, name in enumerate(lying):  # where something is computed at the same height, higher than that, and aside
-            found[name] = (y + 0.6 * ROW * crowded, (i - (len(lying) - 1) / 2) * 0.75 - 0.7 * crowded)
+            found[name] = (y + 0.6 * ROW * crowded, (i - (len(lying) - 1) / 2) * 0.75 - 0.78 * crowded)
         alone = [g for g in here if g not in lying and not timed[g]]
         found.update((name, (y, 0.0)) for name in alone)
         rest = [g for g in here if g not in lying and g not in alone]

@@ -15,7 +15,10 @@ RADIUS = 0.36
 SEGMENT = ("#dcebf7", "#27618f")
 LOOPS = (("#fde2c4", "#b4530a"), ("#dcefcf", "#40781c"), ("#ecdcf6", "#7438a8"), ("#fbd7e0", "#b02a58"))
 PLAIN = ("#ffffff", "#333333")
-_SQUARE = 0.13
+_SQUARE, _NAME = 0.13, 11
+_INCHES = 0.52
+_UNIT = 72 * _INCHES
+"""Points in the picture for one unit of the layout."""
 _WHEN = {"first": ("first step",), "last": ("last step",), "all": ("all steps",)}
 _STYLE: dict[Any, Any] = {
     "mathtext.fontset": "cm", "font.family": "DejaVu Sans", "svg.hashsalt": "elman", "svg.fonttype": "path",
@@ -37,7 +40,7 @@ def rendered(diagram: Diagram, form: str) -> bytes:
         axes.set_aspect("equal")
         _Pen(axes, diagram).draw()
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-        figure.set_size_inches((right - left) * 0.52, (high - low) * 0.52)
+        figure.set_size_inches((right - left) * _INCHES, (high - low) * _INCHES)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else {"Software": None})
     return buffer.getvalue()
@@ -48,11 +51,13 @@ class _Pen:
         self.axes, self.diagram = axes, diagram
         self.places = place(diagram)
         self.nodes = {node.name: node for node in diagram.nodes}
+        self.boxes = {node.name: box for node in diagram.nodes if (box := self._box(node))}
         self.paths = {edge: self._path(edge) for edge in diagram.edges}
         self.taken = [_bezier(p, i / 16) for p in self.paths.values() for i in range(17)]
         for node in diagram.nodes:
-            (x, y), wide = self.places[node.name], 0.62 if node.kind == "gate" else 0.3
+            (x, y), (wide, high) = self.places[node.name], self.boxes.get(node.name, (0.3, 0.25))
             self.taken += [(x - wide, y), (x - wide / 2, y), (x, y), (x + wide / 2, y), (x + wide, y)]
+            self.taken += [(x + i * wide * 0.8, y + j * high) for i in (-1, 1) for j in (-1, 1) if node.letter]
         xs, ys = zip(*self.places.values(), strict=True)
         self.box = [min(xs) - 0.8, max(xs) + 0.8, min(ys) - 0.7, max(ys) + 0.7]
 
@@ -64,6 +69,17 @@ class _Pen:
         self._legend()
         self.axes.set_xlim(self.box[0], self.box[1])
         self.axes.set_ylim(self.box[2], self.box[3])
+
+    def _box(self, node: Node) -> Place | None:
+        """Half the width and height of what is no circle: gates, and long names where there is room beside them."""
+        if node.kind == "gate":
+            return 0.67, 0.25
+        if node.kind in ("operator", "sum", "more", "delay") or len(node.letter) < 4 or node.letter.startswith("\\"):
+            return None
+        x, y = self.places[node.name]
+        near = [abs(x - u) for name, (u, v) in self.places.items() if name != node.name and abs(y - v) < 0.65]
+        wide = min(0.5 * _letters(node) * _NAME / _UNIT + 0.1, 0.88, *(d / 2 - 0.05 for d in near))
+        return (wide, 0.27) if wide > RADIUS else None
 
     def _reach(self, x: float, y: float, around: float = 0.35) -> None:
         box = self.box
@@ -78,8 +94,12 @@ class _Pen:
         if node.kind == "delay":
             shape: Any = Rectangle((x - radius, y - radius), 2 * radius, 2 * radius)
             fill = line = "#111111"
-        elif node.kind == "gate":
-            shape = FancyBboxPatch((x - 0.62, y - 0.2), 1.24, 0.4, boxstyle="round,pad=0.05,rounding_size=0.12")
+        elif node.name in self.boxes:
+            wide, high = (side - 0.05 for side in self.boxes[node.name])
+            corner = (x - wide, y - high)
+            self._reach(x - wide, y, 0.15)
+            self._reach(x + wide, y, 0.15)
+            shape = FancyBboxPatch(corner, 2 * wide, 2 * high, boxstyle="round,pad=0.05,rounding_size=0.12")
         elif node.kind == "more":
             self.axes.text(x, y, node.letter, ha="center", va="center", fontsize=15, color="#333333", zorder=4)
             return
@@ -90,12 +110,22 @@ class _Pen:
         if node.kind == "gate":
             self.axes.text(x, y, node.letter, ha="center", va="center", fontsize=8.5, color="#111111", zorder=4)
         elif node.kind != "delay":
-            self.axes.text(x, y, node.label, ha="center", va="center", fontsize=_size(node), color="#111111", zorder=4)
+            self.axes.text(
+                x, y, node.label, ha="center", va="center", fontsize=self._size(node), color="#111111", zorder=4
+            )
         if self._captioned(node):
             self.axes.text(
                 x - radius - 0.08, y, node.caption, ha="right", va="center", fontsize=8, color="#555555", zorder=4
             )
             self._reach(x - radius - 0.2 - 0.13 * len(node.caption), y, 0)
+
+    def _size(self, node: Node) -> float:
+        """The size of the letters of a name, in points: smaller where it would reach over its circle or box."""
+        usual = 12 if node.time is not None and node.kind != "operator" else 14 if len(node.letter) < 3 else _NAME
+        if len(node.letter) < 3 or node.letter.startswith("\\") or node.kind in ("operator", "sum"):
+            return usual
+        room = self.boxes.get(node.name, (RADIUS, 0.0))[0] - 0.05
+        return min(usual, 2 * room * _UNIT / _letters(node))
 
     def _captioned(self, node: Node) -> bool:
         return bool(node.caption) and node.time in (None, 1)
@@ -154,7 +184,7 @@ class _Pen:
     def _hits(self, points: list[Place], name: str) -> bool:
         """Whether a curve runs over a node."""
         near = _radius(self.nodes[name]) + 0.08
-        wide = 0.72 if self.nodes[name].kind == "gate" else near
+        wide = self.boxes[name][0] + 0.05 if name in self.boxes else near
         p, q = self.places[name]
         left = wide + (0.3 + 0.11 * len(self.nodes[name].caption) if self._captioned(self.nodes[name]) else 0)
         return any(
@@ -165,8 +195,8 @@ class _Pen:
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path
 
-        first = next(i for i in range(101) if not _inside(_bezier(points, i / 100), self.places[a.name], a))
-        last = next(i for i in range(100, -1, -1) if not _inside(_bezier(points, i / 100), self.places[b.name], b))
+        first = next(i for i in range(101) if not self._inside(_bezier(points, i / 100), a))
+        last = next(i for i in range(100, -1, -1) if not self._inside(_bezier(points, i / 100), b))
         begin, end = (first / 100, last / 100) if first < last else (0.3, 0.7)
         piece = _piece(points, begin, end)
         for i in range(9):
@@ -177,6 +207,12 @@ class _Pen:
                 path=path, arrowstyle="-|>", mutation_scale=10, linewidth=1.2, color=_colours(edge.loop)[1], zorder=2
             )
         )
+
+    def _inside(self, spot: Place, node: Node) -> bool:
+        (x, y), box = self.places[node.name], self.boxes.get(node.name)
+        if box:
+            return abs(spot[0] - x) < box[0] + 0.02 and abs(spot[1] - y) < box[1] + 0.02
+        return math.hypot(spot[0] - x, spot[1] - y) < _radius(node) + 0.03
 
     def _square(self, x: float, y: float, delay: int) -> None:
         from matplotlib.patches import Rectangle
@@ -233,26 +269,17 @@ def _radius(node: Node) -> float:
     return RADIUS if node.letter else 0.2
 
 
-def _size(node: Node) -> float:
-    """The size of the letters in a circle, in points: smaller where a name would reach over it."""
-    usual = 12 if node.time is not None and node.kind != "operator" else 14 if len(node.letter) < 3 else 11
-    if len(node.letter) < 3 or node.letter.startswith("\\") or node.kind in ("operator", "sum"):
-        return usual
-    high = 0 if node.time is None else len(f"({node.time})")
-    return min(usual, 2 * RADIUS * 0.52 * 72 * 0.88 / (0.52 * len(node.letter) + 0.37 * max(high, len(node.index))))
+def _letters(node: Node) -> float:
+    """How wide a name is, in sizes of its font."""
+    from matplotlib.textpath import TextPath
+
+    return float(TextPath((0, 0), node.label, size=100).get_extents().width) / 100
 
 
 def _colours(loop: int | None) -> tuple[str, str]:
     if loop is None:
         return PLAIN
     return SEGMENT if loop == 0 else LOOPS[(loop - 1) % len(LOOPS)]
-
-
-def _inside(spot: Place, centre: Place, node: Node) -> bool:
-    dx, dy = spot[0] - centre[0], spot[1] - centre[1]
-    if node.kind == "gate":
-        return abs(dx) < 0.69 and abs(dy) < 0.27
-    return math.hypot(dx, dy) < _radius(node) + 0.03
 
 
 def _bezier(points: list[Place], t: float) -> Place:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 
 from ..compiler.step import explained
-from ..errors import CellError, DataDependentError, ElmanError, InputError
+from ..errors import CellError, DataDependentError, ElmanError, InputError, UnsupportedError
 from ..types import Pytree, State
 from ..unfold import scan
 from .values import Atom
@@ -74,7 +75,8 @@ def unroll(
     if len(names) != leaves:
         raise InputError(f"names must name each of the {leaves} sequences in xs; got {names}.")
     name = type(network).__name__
-    with _values_refused(name), explained(f"{name} cannot be drawn"), torch.no_grad(), mode:
+    once = partial(_one_step, network, xs, state, constants) if cell else None
+    with _mistakes_named(once), _values_refused(name), explained(f"{name} cannot be drawn"), torch.no_grad(), mode:
         fakes = _resized(xs, steps, cell)
         before = None if state is None else pytree.tree_map_only(Tensor, _rows, state)
         fixed = None if constants is None else pytree.tree_map_only(Tensor, _rows, constants)
@@ -120,6 +122,26 @@ def _layers_refused(network: nn.Module) -> None:
 
 def _known(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("elman.", "torch."))
+
+
+@contextmanager
+def _mistakes_named(once: Callable[[], object] | None) -> Iterator[None]:
+    """Where a step fails, ``once`` takes it on real tensors, where ``scan`` tells which sizes do not fit."""
+    try:
+        yield
+    except UnsupportedError:
+        if once is not None:
+            once()
+        raise
+
+
+def _one_step(cell: nn.Module, xs: Pytree, state: State, constants: Pytree) -> object:
+    x = pytree.tree_map_only(Tensor, lambda leaf: leaf.new_zeros((1, _BATCH, *leaf.shape[2:])), xs)
+    before, fixed = (
+        None if tree is None else pytree.tree_map_only(Tensor, lambda leaf: torch.zeros_like(_rows(leaf)), tree)
+        for tree in (state, constants)
+    )
+    return scan(cell, x, before, constants=fixed)
 
 
 @contextmanager
