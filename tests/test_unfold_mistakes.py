@@ -462,3 +462,16 @@ def test_a_wide_state_of_a_narrow_cell_is_no_mistake(backend: str) -> None:
     cell = starts(lambda b: zeros(b, H, dtype=torch.float64), Pointwise)
     ys, final = elman.scan(cell, torch.randn(5, B, H), backend=backend)
     assert ys.dtype == final.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (elman.LSTM(3, 4), "LSTM is a layer, not one step of a recurrence. Use LSTMCell"),
+        (nn.RNN(3, 4), "RNN is a layer, not one step of a recurrence. Use ElmanCell"),
+        (nn.Linear(3, 4), "Linear is no step of a recurrence: it has no state. Use DenseCell"),
+    ],
+)
+def test_a_layer_is_no_cell(layer: nn.Module, message: str) -> None:
+    with pytest.raises(CellError, match=message):
+        elman.scan(layer, torch.zeros(2, 2, 3))

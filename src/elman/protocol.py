@@ -95,7 +95,7 @@ def initial_state(
     if own is None and isinstance(cell, nn.RNNBase | nn.Linear):
         kind = type(cell).__name__
         raise CellError(
-            f"{kind} is a layer, not one step of a recurrence. Use the cell of that name ({kind}Cell) in its place."
+            f"{kind} is a layer, not one step of a recurrence. Use {kind.replace('RNN', 'Elman')}Cell in its place."
             if isinstance(cell, nn.RNNBase)
             else f"{kind} is no step of a recurrence: it has no state. Use DenseCell, or apply it to the sequence."
         )
