@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,22 +15,6 @@ from torch import Tensor, nn
 
 import elman
 from elman.compiler import cache
-
-
-@pytest.fixture
-def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """One entry for every time that the tracer ran."""
-    seen: list[int] = []
-    trace = cache.trace
-
-    def counted(*args: Any) -> Any:
-        seen.append(1)
-        return trace(*args)
-
-    monkeypatch.setattr(cache, "trace", counted)
-    cache.forget()
-    yield seen
-    cache.forget()
 
 
 @dataclass

@@ -46,6 +46,17 @@ def test_hooks_that_rewrite_a_weight(hook: str) -> None:
     assert not torch._subclasses.fake_tensor.is_fake(cell.W.weight)
 
 
+def assert_gradient_of_the_loop(cell: Base) -> None:
+    """Compiled or not, a scan gives the gradient that the eager loop gives."""
+    xs, state = feed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfoldWarning)
+        ys, _ = elman.scan(cell, xs, state)
+    expected, _ = by_eager_loop(cell, xs, state)
+    found = torch.autograd.grad(ys.sum(), cell.U.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), cell.U.weight))
+
+
 class Hooked(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -93,14 +104,7 @@ def test_no_grad_inside_a_step() -> None:
             h = torch.tanh(self.U(x) + h * scale)
             return h, h
 
-    cell = Partly()
-    xs, state = feed()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnfoldWarning)
-        ys, _ = elman.scan(cell, xs, state)
-    expected, _ = by_eager_loop(cell, xs, state)
-    found = torch.autograd.grad(ys.sum(), cell.U.weight)
-    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), cell.U.weight))
+    assert_gradient_of_the_loop(Partly())
 
 
 def test_a_tensor_hook_inside_a_step() -> None:
@@ -113,14 +117,7 @@ def test_a_tensor_hook_inside_a_step() -> None:
                 h.register_hook(lambda g: g * 0.5)
             return h, h
 
-    cell = WithHook()
-    xs, state = feed()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnfoldWarning)
-        ys, _ = elman.scan(cell, xs, state)
-    expected, _ = by_eager_loop(cell, xs, state)
-    found = torch.autograd.grad(ys.sum(), cell.U.weight)
-    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), cell.U.weight))
+    assert_gradient_of_the_loop(WithHook())
 
 
 def test_a_checkpointed_piece_of_a_step() -> None:
@@ -131,14 +128,7 @@ def test_a_checkpointed_piece_of_a_step() -> None:
             h = checkpoint(lambda a, b: torch.tanh(self.U(a) + b), x, h, use_reentrant=False)
             return h, h
 
-    cell = Checkpointed()
-    xs, state = feed()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnfoldWarning)
-        ys, _ = elman.scan(cell, xs, state)
-    expected, _ = by_eager_loop(cell, xs, state)
-    found = torch.autograd.grad(ys.sum(), cell.U.weight)
-    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), cell.U.weight))
+    assert_gradient_of_the_loop(Checkpointed())
 
 
 def test_a_scan_inside_a_step() -> None:

@@ -11,7 +11,7 @@ import math
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 import elman
-from elman.compiler import cache
 from elman.errors import MutationError
 
 GAIN = 1.0
@@ -101,22 +100,6 @@ class Counter:
             value = new
 
         self.read, self.write = read, write
-
-
-@pytest.fixture
-def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """One entry for every time that the tracer ran."""
-    seen: list[int] = []
-    trace = cache.trace
-
-    def counted(*args: Any) -> Any:
-        seen.append(1)
-        return trace(*args)
-
-    monkeypatch.setattr(cache, "trace", counted)
-    cache.forget()
-    yield seen
-    cache.forget()
 
 
 def same_as_reference(cell: nn.Module) -> None:

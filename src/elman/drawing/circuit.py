@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 from ..errors import InputError
 from .diagram import Diagram, Edge, Node, When
@@ -19,12 +20,7 @@ Pair = tuple[int | None, int | None]
 
 def circuit(seen: Unrolled, *, detail: bool = False) -> Diagram:
     """One step of everything, with the delays between steps."""
-    found, loops, note = _looked_at(seen, detail)
-    folded = _folded(found)
-    clocks = clocks_of(found, folded)
-    nodes = named(found, folded, clocks)
-    label = weight_labels(found, folded, nodes)
-    inside = _loop_of_roles(seen, found, loops)
+    found, loops, note, folded, nodes, label, inside = _looked_at(seen, detail)
     edges = []
     for (a, b), parts in folded.items():
         for when, delay, weights in parts:
@@ -36,12 +32,7 @@ def circuit(seen: Unrolled, *, detail: bool = False) -> Diagram:
 
 def unrolled(seen: Unrolled, *, detail: bool = False) -> Diagram:
     """Every step on its own: the graph through which gradients flow."""
-    found, loops, note = _looked_at(seen, detail)
-    folded = _folded(found)
-    clocks = clocks_of(found, folded)
-    nodes = named(found, folded, clocks)
-    label = weight_labels(found, folded, nodes)
-    inside = _loop_of_roles(seen, found, loops)
+    found, loops, note, _, nodes, label, inside = _looked_at(seen, detail)
 
     def name(role: Role, t: int | None) -> str:
         return nodes[role].name if t is None else f"{nodes[role].name}({t + 1})"
@@ -58,19 +49,27 @@ def unrolled(seen: Unrolled, *, detail: bool = False) -> Diagram:
     return Diagram(tuple(marked), tuple(edges), True, loops, note).without_orphans()
 
 
-def _looked_at(seen: Unrolled, detail: bool) -> tuple[Shown, int | None, str]:
+def _looked_at(seen: Unrolled, detail: bool) -> tuple[Any, ...]:
+    """What both pictures are made of: what is shown, how many loops, a note, its folded links, nodes, labels, loops."""
     found = shown(seen, detail)
     if not found.links:
         raise InputError(
             "nothing that comes out depends on what goes in, as far as it can be seen, so there is nothing to draw. "
             "What unfolds its cells otherwise than by elman.scan or a Python loop cannot be followed: draw the cell."
         )
-    if not seen.runs:
-        return found, None, ""
+    loops, note = _loops(seen)
+    folded = _folded(found)
+    nodes = named(found, folded, clocks_of(found, folded))
+    label = weight_labels(found, folded, nodes)
+    return found, loops, note, folded, nodes, label, _loop_of_roles(seen, found, loops)
+
+
+def _loops(seen: Unrolled) -> tuple[int | None, str]:
+    """How many loops the programs have, or None and why that is not known."""
     reasons = [why for run in seen.runs if isinstance(why := carried_by(run), str)]
-    if reasons:
-        return found, None, reasons[0]
-    return found, sum(len(carried_by(run)) for run in seen.runs), ""
+    if not seen.runs or reasons:
+        return None, reasons[0] if reasons else ""
+    return sum(len(carried_by(run)) for run in seen.runs), ""
 
 
 def _loop_of_roles(seen: Unrolled, found: Shown, loops: int | None) -> dict[Role, int]:
