@@ -297,3 +297,9 @@ def test_the_adjoint_can_be_differentiated_no_further_or_rightly(backend: str) -
     """It is handed out as a constant: the information-flow regulariser treats it so."""
     ys, _, recording = elman.scan(zoo("Elman"), doubles(4, 2, 3), record=True, backend=backend)
     assert not recording.adjoint(ys.square().sum()).requires_grad
+
+
+def test_a_combinator_inside_one_of_its_kind_records_apart() -> None:
+    cell = elman.Highway(elman.Highway(elman.ElmanCell(3, 3)))
+    _, _, recording = elman.scan(cell, torch.randn(4, 2, 3), record=True, backend="interpret")
+    assert list(recording.values) == ["cell.cell.preactivation", "cell.transform", "transform"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, OptionError
-from ..recording import record
+from ..recording import record, scope
 from ..types import Pytree, State
 from .nested import Make, Wrapper, beside, like, named, output_size, positive, start, step
 
@@ -27,7 +27,8 @@ class Attend(Wrapper):
     stands in ``constants`` or in ``constants[key]``. The cell reads D + M features; y is its output (B, O); the state
     is (that of the cell, y). W, U and v are ``query`` (K, O), ``memory`` (K, M), ``energy`` (1, K) with K =
     ``attention_size`` or else O; multiplicative: ``query`` is (M, O). U m_j is computed once for all steps. A sequence
-    whose mask is false everywhere weighs all places alike. Records "attention", α (B, S).
+    whose mask is false everywhere weighs all places alike. Records "attention", α (B, S);
+    what the cell records as "name" is "cell.name".
 
     Raises OptionError for another score and an impossible size, InputError for a memory that does not fit.
     Sources: Bahdanau, Cho, Bengio 2015, Neural machine translation by jointly learning to align and translate,
@@ -80,7 +81,8 @@ class Attend(Wrapper):
         weights = record("attention", torch.softmax(e, -1))
         c = (weights[:, None] @ memory)[:, 0]  # (B, M)
         beside("Attend", self.cell, x, self.memory_size, "the memory")
-        y, inner = step(self.cell, torch.cat([x, c], -1), inner, constants)
+        with scope("cell"):
+            y, inner = step(self.cell, torch.cat([x, c], -1), inner, constants)
         return y, (inner, y)
 
     def _memory(self, constants: Pytree) -> tuple[Tensor, Tensor | None]:

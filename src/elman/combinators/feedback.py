@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CellError, InputError, OptionError
-from ..recording import record
+from ..recording import record, scope
 from ..types import Pytree, State
 from .nested import Make, Wrapper, output_size, positive, said, step
 
@@ -48,7 +48,8 @@ class Feedback(Wrapper):
 
     With a cell without memory (``DenseCell``), forced steps do not wait for one another: no loop. ``sampling`` is
     scheduled sampling: while training, p(t) is feed(o(t)) instead of y(t) with that probability, drawn for each step
-    and sequence; change it by ``cell.sampling.fill_(p)``. Records "choice", feed(o), where that is computed.
+    and sequence; change it by ``cell.sampling.fill_(p)``. Records "choice", feed(o), where that is computed; what the
+    cell records as "name" is "cell.name".
 
     Raises CellError where widths do not fit, OptionError for an unknown feed or impossible probability, InputError for
     an x of another form. Sources: Jordan 1986, Serial order; Williams and Zipser 1989 (teacher forcing); Goodfellow,
@@ -111,7 +112,8 @@ class Feedback(Wrapper):
     ) -> tuple[Tensor, State]:
         x, target = self._apart(x)
         inner, fed = state
-        o, inner = step(self.cell, torch.cat([x, fed], -1), inner, constants)
+        with scope("cell"):
+            o, inner = step(self.cell, torch.cat([x, fed], -1), inner, constants)
         if self.readout is not None:
             o = self.readout(o)
         sampling = self.sampling if self.training else None

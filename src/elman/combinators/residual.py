@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recording import record
+from ..recording import record, scope
 from ..types import Pytree, State
 from .nested import Wrapper, like, step
 
@@ -43,7 +43,8 @@ class Highway(Residual):
         g(t) = σ(W x(t) + b),    y(t) = g(t) ⊙ cell(x(t), s(t-1)) + (1 - g(t)) ⊙ P x(t)
 
     x (B, D), y (B, O), the state that of the cell; W (O, D) and b (O) are ``gate``; b begins at ``carry_bias``, so
-    that at first most of x is carried through. P as in ``Residual``. Records "transform", which is g.
+    that at first most of x is carried through. P as in ``Residual``. Records "transform", which is g; what the
+    cell records as "name" is "cell.name".
 
     Source: Srivastava, Greff, Schmidhuber 2015, Highway networks, equation 3.
     """
@@ -54,7 +55,8 @@ class Highway(Residual):
         nn.init.constant_(self.gate.bias, carry_bias)
 
     def forward(self, x: Tensor, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
-        y, state = step(self.cell, x, state, constants)
+        with scope("cell"):
+            y, state = step(self.cell, x, state, constants)
         g = record("transform", torch.sigmoid(self.gate(x)))
         carried = x if self.projection is None else self.projection(x)
         return carried + g * (y - carried), state
