@@ -22,9 +22,10 @@ import elman
 from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.combinators import Stack, output_size
 from elman.combinators.clockwork import Clockwork
-from elman.combinators.delay import Delay, TimeSkip
+from elman.combinators.delay import Delay
 from elman.combinators.leaky import Leaky
 from elman.combinators.masked import Masked
+from elman.combinators.time_skip import TimeSkip
 
 HOLD, WINDOW, BATCH = 16, 64, 32
 

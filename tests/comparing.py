@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,12 +22,16 @@ __all__ = [
     "assert_same",
     "by_hand",
     "compiled",
+    "differentiable",
     "differentiated",
     "everything",
     "floats",
     "inputs",
     "leaves",
     "operations",
+    "part",
+    "poisoned",
+    "reloaded",
     "scan_by",
 ]
 
@@ -46,25 +51,52 @@ def floats(tree: Any) -> list[Tensor]:
     return [leaf for leaf in leaves(tree) if leaf.is_floating_point()]
 
 
+def differentiable(tree: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The same numbers, each floating leaf a leaf of autograd that wants its gradient; None stays None."""
+
+    def ready(leaf: Tensor) -> Tensor:
+        return leaf.to(dtype).detach().clone().requires_grad_() if leaf.is_floating_point() else leaf
+
+    return None if tree is None else pytree.tree_map_only(Tensor, ready, tree)
+
+
+def part(tree: Any, cut: Any) -> Any:
+    """Some steps of every tensor."""
+    return None if tree is None else pytree.tree_map_only(Tensor, lambda leaf: leaf[cut], tree)
+
+
+def poisoned(tree: Any, lengths: Any) -> Any:
+    """NaN in all padding of the floating leaves (T, B, …), which then want their gradients anew."""
+
+    def filled(leaf: Tensor) -> Tensor:
+        past = torch.arange(len(leaf))[:, None] >= torch.as_tensor(lengths)
+        past = past.view(*past.shape, *[1] * (leaf.dim() - 2))
+        return leaf.masked_fill(past, torch.nan) if leaf.is_floating_point() else leaf
+
+    return differentiable(pytree.tree_map_only(Tensor, filled, tree))
+
+
+def reloaded(module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+    """Another module of that kind, made from other draws, with the values of this one written and read."""
+    torch.manual_seed(99)
+    other = make().double().eval()
+    other.load_state_dict(load(save({name: value.contiguous() for name, value in module.state_dict().items()})))
+    return other
+
+
 def inputs(
     cell: nn.Module, steps: int, batch: int, seed: int = 5, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     """xs, a state and constants for a cell of the zoo: random, and every floating leaf wants its gradient."""
-
-    def ready(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return leaf.to(dtype).detach().clone().requires_grad_()
-
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         xs, constants = cell.example(steps, batch)
         state = cell.initial_state(batch, device=torch.device("cpu"), dtype=dtype)
         state = pytree.tree_map_only(Tensor, lambda s: torch.randn_like(s) if s.is_floating_point() else s, state)
     return {
-        "xs": pytree.tree_map(ready, xs),
-        "state": pytree.tree_map(ready, state),
-        "constants": None if constants is None else pytree.tree_map(ready, constants),
+        "xs": differentiable(xs, dtype),
+        "state": differentiable(state, dtype),
+        "constants": differentiable(constants, dtype),
     }
 
 

@@ -6,12 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import elman
-from comparing import assert_same, by_hand, compiled, everything, leaves, scan_by
+from comparing import (
+    assert_same,
+    by_hand,
+    compiled,
+    differentiable,
+    everything,
+    leaves,
+    part,
+    poisoned,
+    reloaded,
+    scan_by,
+)
 from contracts import ROWS, Row
 from elman.combinators import start, step
 
@@ -30,24 +40,12 @@ def first_state(cell: nn.Module, batch: int, constants: Any) -> Any:
 
 def given(row: Row, cell: nn.Module, steps: int = STEPS, batch: int = BATCH) -> dict[str, Any]:
     """xs, constants and a first state, whose floating leaves want their gradients."""
-
-    def ready(leaf: Any) -> Any:
-        return leaf.detach().clone().requires_grad_() if leaf.is_floating_point() else leaf
-
     torch.manual_seed(12)
     xs, constants = row.example(steps, batch)
     state = first_state(cell, batch, constants)
     # Away from zero, where mistakes cannot hide; what counts steps or selects units must stay what it is.
     state = pytree.tree_map_only(Tensor, lambda s: s + 0.3 * torch.randn_like(s) if s.is_floating_point() else s, state)
-    return {
-        "xs": pytree.tree_map_only(Tensor, ready, xs),
-        "state": pytree.tree_map_only(Tensor, ready, state),
-        "constants": None if constants is None else pytree.tree_map_only(Tensor, ready, constants),
-    }
-
-
-def part(tree: Any, cut: Any) -> Any:
-    return None if tree is None else pytree.tree_map_only(Tensor, lambda leaf: leaf[cut], tree)
+    return {"xs": differentiable(xs), "state": differentiable(state), "constants": differentiable(constants)}
 
 
 @table
@@ -66,15 +64,8 @@ def test_padding_changes_nothing(row: Row, reverse: bool) -> None:
     cell = made(row)
     sources = given(row, cell)
     lengths = torch.tensor([STEPS, 1, STEPS - 2])
-    past = torch.arange(STEPS)[:, None] >= lengths
-
-    def poisoned(leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point():
-            return leaf
-        return leaf.detach().masked_fill(past.view(*past.shape, *[1] * (leaf.dim() - 2)), torch.nan).requires_grad_()
-
     expected = everything(by_hand, cell, sources, lengths=lengths, reverse=reverse)
-    sources["xs"] = pytree.tree_map_only(Tensor, poisoned, sources["xs"])
+    sources["xs"] = poisoned(sources["xs"], lengths)
     found = everything(scan_by(row.backend), cell, sources, lengths=lengths, reverse=reverse)
     assert_same(found, expected)
 
@@ -120,9 +111,7 @@ def test_begins_where_it_says(row: Row) -> None:
 def test_saved_equals_loaded(row: Row) -> None:
     cell = made(row)
     sources = given(row, cell)
-    torch.manual_seed(99)
-    other = row.make().double().eval()
-    other.load_state_dict(load(save({k: v.contiguous() for k, v in cell.state_dict().items()})))
+    other = reloaded(cell, row.make)
     for found, expected in zip(
         leaves(elman.scan(other, sources["xs"], sources["state"], constants=sources["constants"])),
         leaves(elman.scan(cell, sources["xs"], sources["state"], constants=sources["constants"])),

@@ -19,6 +19,8 @@ SOURCE = ROOT / "src" / "elman"
 MODULES = sorted(SOURCE.rglob("*.py"))
 SIZED = sorted(path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 MOST_LINES = 520
+PIECES = [path for path in MODULES if path.parent.name in ("cells", "combinators")]
+MOST_LINES_OF_A_PIECE = 80
 
 PUBLIC = [
     "GRU",
@@ -84,7 +86,7 @@ ERRORS = [
 
 # The way of the data. A module imports only from lines above its own, or from its own line.
 STAGES = [
-    "errors types",
+    "errors types cachefolder",
     "tokencache text batch metrics",
     "recording drawn packing protocol",
     "compiler",
@@ -197,6 +199,14 @@ def test_no_checked_calls_where_torch_compile_passes(path: Path) -> None:
 def test_files_stay_small(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MOST_LINES, f"{lines} lines: split it by meaning"
+
+
+@pytest.mark.parametrize("path", PIECES, ids=name)
+def test_every_cell_and_combinator_is_small(path: Path) -> None:
+    classes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ClassDef)]
+    lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in classes}
+    long = {piece: number for piece, number in lines.items() if number > MOST_LINES_OF_A_PIECE}
+    assert not long, f"{long} lines, docstring included; the most is {MOST_LINES_OF_A_PIECE}: find the piece to share"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

@@ -12,9 +12,10 @@ import elman
 from comparing import compiled
 from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.combinators import Stack
-from elman.combinators.deep import MLP, Deep
+from elman.combinators.deep import Deep
 from elman.combinators.delay import Delay
 from elman.combinators.leaky import Leaky
+from elman.combinators.mlp import MLP
 from elman.errors import CellError, OptionError
 
 F64 = torch.float64

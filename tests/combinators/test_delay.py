@@ -12,7 +12,8 @@ import elman
 from comparing import assert_same, leaves
 from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.combinators import Stack, Wrapper, step
-from elman.combinators.delay import Delay, TimeSkip
+from elman.combinators.delay import Delay
+from elman.combinators.time_skip import TimeSkip
 from elman.errors import CellError, OptionError
 from elman.paths import path_lengths
 

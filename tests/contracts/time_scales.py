@@ -9,9 +9,10 @@ from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.combinators import Stack
 from elman.combinators.clockwork import Clockwork
 from elman.combinators.deep import Deep
-from elman.combinators.delay import Delay, TimeSkip
+from elman.combinators.delay import Delay
 from elman.combinators.leaky import Leaky
 from elman.combinators.masked import Masked
+from elman.combinators.time_skip import TimeSkip
 
 from .row import D, Row
 

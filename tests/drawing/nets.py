@@ -11,10 +11,12 @@ import elman
 from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.combinators import Residual, Stack
 from elman.combinators.attend import Attend
-from elman.combinators.conditioned import Conditioned, LearnedState
+from elman.combinators.conditioned import Conditioned
 from elman.combinators.deep import Deep
-from elman.combinators.delay import Delay, TimeSkip
+from elman.combinators.delay import Delay
 from elman.combinators.feedback import Feedback
+from elman.combinators.learned_state import LearnedState
+from elman.combinators.time_skip import TimeSkip
 from elman.networks.autoencoder import SequenceAutoencoder
 from elman.networks.bidirectional import Bidirectional
 from elman.networks.jordan import jordan

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import elman
 from elman.cells import ElmanCell, GRUCell
 from elman.combinators.feedback import Feedback
-from elman.errors import CellError, InputError
+from elman.errors import CellError, InputError, OptionError
 from elman.networks.autoencoder import SequenceAutoencoder
 from elman.networks.summary import Summary
 
@@ -71,6 +71,10 @@ def test_decoders_that_do_not_fit() -> None:
             SequenceAutoencoder(encoder, narrow)
     with pytest.raises(InputError, match="targets have 2 steps, but 3"):
         build().decode(torch.zeros(1, C), 3, torch.zeros(2, 1, dtype=torch.long))
+    with pytest.raises(OptionError, match="decode: steps must be a positive integer, got 0"):
+        build().decode(torch.zeros(1, C), 0)
+    with pytest.raises(InputError, match=r"a code is \(B, C\), one for each sequence; got \(6,\)"):
+        build().decode(torch.zeros(C), 3)
 
 
 def test_it_is_the_cell_that_is_scanned() -> None:

@@ -94,3 +94,9 @@ def test_a_cell_that_does_not_say_how_wide_it_is() -> None:
 def test_a_cell_that_reads_another_width() -> None:
     with pytest.raises(InputError, match="reads 6 features, and the embedding has 5"):
         LanguageModel(VOCAB, EMBEDDING, make_cell("gru", 6, HIDDEN))
+
+
+@pytest.mark.parametrize("given", [torch.zeros(4, dtype=torch.int64), torch.zeros(4, 2)])
+def test_what_is_no_tokens(given: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=r"reads tokens, integers \(T, B\) below 11; got \(4"):
+        build()(given)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import elman
 from elman.cells import ElmanCell, GRUCell, LSTMCell
-from elman.errors import CellError, InputError
+from elman.errors import CellError, InputError, StateError
 from elman.networks.untied import Untied
 
 STEPS, BATCH, D, H = 4, 3, 2, 5
@@ -69,3 +69,21 @@ def test_cells_that_are_no_row_of_steps() -> None:
         Untied([])
     with pytest.raises(CellError, match="given twice"):
         Untied([ElmanCell(D, H)] * 2)
+    for cells, given in ((ElmanCell(D, H), "ElmanCell"), ([ElmanCell], "type"), (3, "int")):
+        with pytest.raises(CellError, match=f"a list of cells, one for every step; got {given}"):
+            Untied(cells)
+
+
+def test_cells_whose_states_are_not_alike() -> None:
+    with pytest.raises(StateError, match=r"starts from the state \(3, 5\) float32, but was given \(3, 4\)"):
+        Untied([ElmanCell(D, 4), ElmanCell(D, 5)])(torch.zeros(2, BATCH, D))
+
+
+def test_an_input_that_the_sequences_share() -> None:
+    class Both(ElmanCell):
+        def forward(self, x: tuple[Tensor, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x[0] + x[1], state)
+
+    network = Untied(Both(D, H) for _ in range(STEPS))
+    shared, own = torch.randn(STEPS, 1, D), torch.randn(STEPS, BATCH, D)
+    torch.testing.assert_close(network((shared, own)), network((shared.expand_as(own), own)))

@@ -38,7 +38,6 @@ class GatedCell(nn.Module):
 
     gates: tuple[str, ...]
     feedback: ClassVar[bool] = True
-    shown: ClassVar[tuple[str, ...]] = ()  # the options that are printed, where they are not as usual
     weight_ih: nn.Parameter
     weight_hh: nn.Parameter
     bias_ih: nn.Parameter | None
@@ -85,9 +84,10 @@ class GatedCell(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        usual = inspect.signature(type(self)).parameters
-        given = [(name, getattr(self, name)) for name in self.shown]
-        options = [f"{name}={value!r}" for name, value in given if value != usual[name].default]
+        known = inspect.signature(type(self)).parameters.values()
+        own = [p for p in known if p.default is not p.empty and p.name not in (*Common.__annotations__, "gates")]
+        given = [(p.name, getattr(self, p.name, p.default), p.default) for p in own]
+        options = [f"{name}={value!r}" for name, value, usual in given if value != usual]
         squash = f"squash={squash_label(self.squash)}"
         bias = [] if self.bias_ih is not None else ["bias=False"]
         return ", ".join([str(self.input_size), str(self.hidden_size), squash, *options, *bias])

@@ -33,7 +33,6 @@ class GRUCell(GatedCell):
     """
 
     gates = ("reset", "update", "candidate")
-    shown = ("reset_after", "recurrent_dropout")
 
     def __init__(
         self,

@@ -37,7 +37,6 @@ class LRUCell(GatedCell):
 
     gates = ("real", "imaginary")
     feedback = False
-    shown = ("r_min", "r_max", "max_phase")
 
     def __init__(
         self,

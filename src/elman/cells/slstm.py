@@ -37,7 +37,6 @@ class SLSTMCell(GatedCell):
     """
 
     gates = ("input", "forget", "candidate", "output")
-    shown = ("heads", "exponential_forget")
 
     def __init__(
         self,

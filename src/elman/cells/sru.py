@@ -32,7 +32,6 @@ class SRUCell(GatedCell):
 
     gates = ("forget", "reset", "candidate")
     feedback = False
-    shown = ("peepholes",)
 
     def __init__(self, input_size: int, hidden_size: int, *, peepholes: bool = False, **common: Unpack[Common]) -> None:
         gates = self.gates if input_size == hidden_size else (*self.gates, "skip")

@@ -4,17 +4,21 @@ from typing import Any
 
 from .attend import Attend
 from .clockwork import Clockwork
-from .conditioned import Conditioned, LearnedState
+from .conditioned import Conditioned
 from .deep import Deep
-from .delay import Delay, TimeSkip
-from .dropout import VariationalDropout, WeightDrop
+from .delay import Delay
 from .feedback import Feedback
 from .leaky import Leaky
+from .learned_state import LearnedState
 from .masked import Masked
 from .nested import Make, Wrapper, input_size, output_size, positive, start, step
-from .noise import Noise, Zoneout
+from .noise import Noise
 from .residual import Highway, Residual
 from .stack import Stack
+from .time_skip import TimeSkip
+from .variational import VariationalDropout
+from .weight_drop import WeightDrop
+from .zoneout import Zoneout
 
 __all__ = [
     "COMBINATORS",

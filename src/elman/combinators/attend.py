@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError, OptionError
 from ..recording import record, scope
 from ..types import Pytree, State
-from .nested import Make, Wrapper, beside, like, named, output_size, positive, start, step
+from .nested import Make, Wrapper, beside, like, misfit, named, output_size, positive, start, step
 
 __all__ = ["Attend"]
 
@@ -89,9 +89,7 @@ class Attend(Wrapper):
         given = named("Attend", constants, self.key)
         memory, mask = given if isinstance(given, tuple | list) and len(given) == 2 else (given, None)
         if not isinstance(memory, Tensor) or memory.dim() != 3 or memory.shape[-1] != self.memory_size:
-            what = tuple(memory.shape) if isinstance(memory, Tensor) else f"a {type(memory).__name__}"
-            place = "constants" if self.key is None else f"constants[{self.key!r}]"
-            raise InputError(f"Attend needs a memory (B, S, {self.memory_size}) in {place}; got {what}.")
+            raise misfit("Attend", f"a memory (B, S, {self.memory_size})", memory, self.key)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != memory.shape[:2]):
             raise InputError(
                 f"Attend needs a mask of booleans {tuple(memory.shape[:2])}, true where the memory may be read; got "

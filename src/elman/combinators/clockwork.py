@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..types import Pytree, State
-from .leaky import blend
+from .blend import blend
 from .masked import Masked
 from .nested import Wrapper, like, output_size, positive, start, step
 

@@ -1,4 +1,4 @@
-"""A cell that also reads what does not change over time; a cell whose first state is learned."""
+"""A cell that also reads what does not change over time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, OptionError
+from ..errors import OptionError
 from ..types import Pytree, State
-from .nested import Make, Wrapper, beside, like, named, positive, start, step
+from .nested import Make, Wrapper, beside, first_state, like, misfit, named, positive, start, step
 
-__all__ = ["Conditioned", "LearnedState"]
+__all__ = ["Conditioned"]
 
 _PLACES = ("step", "start", "both")
 
@@ -38,7 +38,7 @@ class Conditioned(Wrapper):
             raise OptionError.unknown("place of a condition", where, _PLACES)
         self.context_size, self.where, self.key = positive("Conditioned", "context_size", context_size), where, key
         known = like(cell)
-        leaves = pytree.tree_leaves(start(cell, 1, device=known.device, dtype=known.dtype)) if where != "step" else []
+        leaves = pytree.tree_leaves(first_state(cell)) if where != "step" else []
         sizes = [leaf.numel() if isinstance(leaf, Tensor) and leaf.is_floating_point() else 0 for leaf in leaves]
         options: dict[str, Any] = {"bias": False, "device": known.device, "dtype": known.dtype}
         self.initial = nn.ModuleList(
@@ -77,35 +77,5 @@ class Conditioned(Wrapper):
     def _context(self, constants: Pytree) -> Tensor:
         given = named("Conditioned", constants, self.key)
         if not isinstance(given, Tensor) or given.shape[-1] != self.context_size:
-            what = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
-            place = "constants" if self.key is None else f"constants[{self.key!r}]"
-            raise InputError(f"Conditioned needs a context (B, {self.context_size}) in {place}; got {what}.")
+            raise misfit("Conditioned", f"a context (B, {self.context_size})", given, self.key)
         return given
-
-
-class LearnedState(Wrapper):
-    """Any cell, started from a state that is learned: h(0) = ``initial`` (one vector for each floating leaf).
-
-    x, y and state are those of the cell, whose own first state is where learning begins.
-    Source: Forcada and Carrasco 1995, Learning the initial state of a second-order recurrent neural network.
-    """
-
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__(cell)
-        known = like(cell)
-        leaves = pytree.tree_leaves(start(cell, 1, device=known.device, dtype=known.dtype))
-        learned = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        self.initial = nn.ParameterList(nn.Parameter(leaf.detach().clone()) for leaf in learned)
-
-    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
-        """The learned state, the same for every sequence."""
-        learned = iter(self.initial)
-
-        def first(leaf: Tensor) -> Tensor:
-            return next(learned).to(leaf).expand_as(leaf) if leaf.is_floating_point() else leaf
-
-        state = start(self.cell, batch, device=device, dtype=dtype, constants=constants)
-        return pytree.tree_map_only(Tensor, first, state)
-
-    def forward(self, x: Pytree, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
-        return step(self.cell, x, state, constants)

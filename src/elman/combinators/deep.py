@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..cells.squash import squash_label, squash_of
 from ..errors import CellError, OptionError
 from ..protocol import MISTAKES
 from ..types import Pytree, State
-from .nested import Wrapper, input_size, like, output_size, positive, start, step
+from .mlp import MLP
+from .nested import Wrapper, first_state, input_size, like, output_size, positive, step, trial
 
-__all__ = ["MLP", "Deep"]
-
-
-class MLP(nn.Module):
-    """Layers v ↦ φ(W v + b), as many as ``layers``, that give as many features as they read; with ``skip`` v + MLP(v).
-
-    v (B, F); between layers (B, ``width``), F where that is None. φ is ``squash``: a name of ``SQUASHES`` or any
-    pointwise function. Raises OptionError for an impossible size and an unknown name.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        layers: int,
-        *,
-        width: int | None = None,
-        squash: str | Callable[[Tensor], Tensor] = "tanh",
-        skip: bool = False,
-    ) -> None:
-        super().__init__()
-        between = features if width is None else positive("MLP", "width", width)
-        sizes = [features, *[between] * (positive("MLP", "layers", layers) - 1), features]
-        self.layers = nn.ModuleList(nn.Linear(reads, gives) for reads, gives in pairwise(sizes))
-        self.squash, self.skip = squash_of(squash), skip
-
-    def forward(self, v: Tensor) -> Tensor:
-        shortcut = v
-        for layer in self.layers:
-            v = self.squash(layer(v))
-        return shortcut + v if self.skip else v
-
-    def extra_repr(self) -> str:
-        return f"squash={squash_label(self.squash)}, skip={self.skip}"
+__all__ = ["Deep"]
 
 
 class Deep(Wrapper):
@@ -99,8 +65,7 @@ class Deep(Wrapper):
 
     def _carried(self, cell: nn.Module) -> int:
         """Features of the leaf that the transition acts on."""
-        known = like(cell)
-        leaves = pytree.tree_leaves(start(cell, 1, device=known.device, dtype=known.dtype))
+        leaves = pytree.tree_leaves(first_state(cell))
         assert self.leaf is not None
         if self.leaf >= len(leaves):
             raise OptionError(f"Deep: leaf {self.leaf} is not there; the state has {len(leaves)}, counted from 0.")
@@ -117,11 +82,8 @@ class Deep(Wrapper):
 
 def _leaf_of_output(cell: nn.Module) -> int:
     """Which leaf of its state a cell gives as its output."""
-    known = like(cell)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            first = start(cell, 1, device=known.device, dtype=known.dtype)
-            y, state = step(cell, known.new_zeros(1, input_size(cell)), first)
+        y, state = trial(cell, input_size(cell))
     except MISTAKES as error:
         raise _unknown(cell, f"a step on zeros fails: {error}") from error
     found = [i for i, leaf in enumerate(pytree.tree_leaves(state)) if leaf is y]

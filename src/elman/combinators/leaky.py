@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +10,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import OptionError
 from ..types import Pytree, State
-from .nested import Wrapper, like, start, step
+from .blend import blend
+from .nested import Wrapper, first_state, step
 
-__all__ = ["Leaky", "blend"]
-
-
-def blend(mix: Callable[[int, Tensor, Tensor], Tensor], before: State, after: State, y: Pytree) -> tuple[Pytree, State]:
-    """A state between two: the l-th floating leaf becomes mix(l, before, after), any other is the one after.
-
-    Where an output *is* a leaf of the state after, it is that leaf's mixture. Returns (y, state).
-    """
-    old, structure = pytree.tree_flatten(before)
-    new = pytree.tree_leaves(after)
-    floating = [i for i, leaf in enumerate(new) if leaf.is_floating_point()]
-    mixed = dict(enumerate(new)) | {i: mix(at, old[i], new[i]) for at, i in enumerate(floating)}
-    became = {id(leaf): mixed[i] for i, leaf in enumerate(new)}
-    y = pytree.tree_map_only(Tensor, lambda leaf: became.get(id(leaf), leaf), y)
-    return y, pytree.tree_unflatten(list(mixed.values()), structure)
+__all__ = ["Leaky"]
 
 
 class Leaky(Wrapper):
@@ -59,9 +45,7 @@ class Leaky(Wrapper):
         self.rates = nn.Module()
         if number:
             return
-        known = like(cell)
-        state = start(cell, 1, device=known.device, dtype=known.dtype)
-        for at, leaf in enumerate(s for s in pytree.tree_leaves(state) if s.is_floating_point()):
+        for at, leaf in enumerate(s for s in pytree.tree_leaves(first_state(cell)) if s.is_floating_point()):
             scale = torch.exp(torch.rand_like(leaf[0]) * math.log(longest)).clamp(min=1 + 1e-3)
             if alpha == "learned":
                 logit = nn.Parameter(torch.log(scale - 1))  # its sigmoid is 1 - 1 / scale

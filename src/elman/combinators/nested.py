@@ -14,7 +14,24 @@ from ..errors import CellError, ElmanError, InputError, OptionError
 from ..protocol import MISTAKES, initial_state, pair_of, written
 from ..types import Pytree, State
 
-__all__ = ["Make", "Wrapper", "beside", "like", "named", "output_size", "positive", "said", "start", "step"]
+__all__ = [
+    "Make",
+    "Wrapper",
+    "beside",
+    "first_state",
+    "fraction",
+    "given_by",
+    "input_size",
+    "like",
+    "misfit",
+    "named",
+    "output_size",
+    "positive",
+    "said",
+    "start",
+    "step",
+    "trial",
+]
 
 
 class Make(Protocol):
@@ -39,6 +56,18 @@ def step(cell: nn.Module, x: Pytree, state: State, constants: Pytree = None) -> 
 def start(cell: nn.Module, batch: int, *, device: torch.device, dtype: torch.dtype, constants: Pytree = None) -> State:
     """The state that any cell starts from; one whose ``initial_state`` takes ``constants`` is given them."""
     return initial_state(cell, batch, device=device, dtype=dtype, constants=constants)
+
+
+def first_state(cell: nn.Module) -> State:
+    """The state that a cell starts one sequence from, in the type and on the device of its parameters."""
+    known = like(cell)
+    return start(cell, 1, device=known.device, dtype=known.dtype)
+
+
+def trial(cell: nn.Module, reads: int) -> tuple[Pytree, State]:
+    """What a cell gives for one row of ``reads`` zeros: (y, state). No draw of the caller's is used up."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return step(cell, like(cell).new_zeros(1, reads), first_state(cell))
 
 
 @lru_cache(maxsize=256)
@@ -69,14 +98,10 @@ def output_size(cell: nn.Module, reads: int | None = None) -> int:
     if size is not None:
         return size
     reads = reads or said(cell, "input_size")
-    known = like(cell)
-    if reads is None or known.is_meta:
+    if reads is None or like(cell).is_meta:
         raise _silent(cell, "output_size")
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            x = known.new_zeros(1, reads)
-            y, _ = step(cell, x, start(cell, 1, device=known.device, dtype=known.dtype))
-        return int(y.shape[-1])
+        return int(trial(cell, reads)[0].shape[-1])
     except ElmanError:
         raise
     except MISTAKES as error:
@@ -109,6 +134,22 @@ def _silent(cell: nn.Module, name: str) -> CellError:
     )
 
 
+def given_by(owner: str, module: Any) -> int:
+    """Features that a readout or an embedding gives: what the last part of it says that says it.
+
+    Raises CellError, which names the owner, where no part does.
+    """
+    for part in reversed([*module.modules()] if isinstance(module, nn.Module) else []):
+        for name in ("out_features", "embedding_dim", "output_size", "hidden_size"):
+            if isinstance(getattr(part, name, None), int):
+                return int(getattr(part, name))
+    kind = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__name__", repr(module))
+    raise CellError(
+        f"{owner} cannot see how many features {kind} gives. Use a module that has out_features or output_size, such "
+        "as nn.Linear, or nn.Sequential of them."
+    )
+
+
 def named(owner: str, constants: Pytree, key: str | None) -> Any:
     """The constants, or those under ``key``. Raises InputError where there are none of that name."""
     if key is None:
@@ -119,6 +160,13 @@ def named(owner: str, constants: Pytree, key: str | None) -> Any:
     if key not in constants:
         raise InputError(f"{owner} reads constants[{key!r}]; there are {', '.join(map(repr, constants))}.")
     return constants[key]
+
+
+def misfit(owner: str, needs: str, given: Any, key: str | None) -> InputError:
+    """The error for constants, or those under ``key``, that are not what the owner needs."""
+    what = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+    place = "constants" if key is None else f"constants[{key!r}]"
+    return InputError(f"{owner} needs {needs} in {place}; got {what}.")
 
 
 def beside(owner: str, cell: nn.Module, x: Tensor, more: int, what: str) -> None:
@@ -136,6 +184,13 @@ def positive(owner: str, name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise OptionError(f"{owner}: {name} must be a positive integer, got {value!r}.")
     return value
+
+
+def fraction(owner: str, name: str, value: Any) -> float:
+    """``value``, when it is a probability, 0 and 1 included; otherwise OptionError that names owner and option."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise OptionError(f"{owner}: {name} must be a probability between 0 and 1, got {value!r}.")
+    return float(value)
 
 
 class Wrapper(nn.Module):

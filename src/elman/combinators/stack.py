@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import CellError, OptionError
+from ..errors import CellError
 from ..recording import scope
 from ..types import Pytree, State
-from .nested import Make, input_size, output_size, positive, said, start, step
+from .nested import Make, fraction, input_size, output_size, positive, said, start, step
 
 __all__ = ["Stack"]
 
@@ -36,9 +36,7 @@ class Stack(nn.Module):
         self.cells = nn.ModuleList(cells)
         if not self.cells:
             raise CellError("Stack needs at least one cell; got none.")
-        if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
-            raise OptionError(f"Stack: dropout must be a probability between 0 and 1, got {dropout!r}.")
-        self.dropout = float(dropout)
+        self.dropout = fraction("Stack", "dropout", dropout)
         for layer, (below, cell) in enumerate(zip(self.cells, self.cells[1:], strict=False), 1):
             given, read = said(below, "output_size"), said(cell, "input_size")
             if given is not None and read is not None and given != read:

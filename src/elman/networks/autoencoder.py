@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ..combinators.feedback import Feedback
-from ..combinators.nested import said
+from ..combinators.nested import positive, said
 from ..errors import CellError, InputError
 from ..unfold import scan
 from .summary import Summary
+from .unfolding import Unfolding
 
 __all__ = ["SequenceAutoencoder"]
 
@@ -48,20 +49,34 @@ class SequenceAutoencoder(nn.Module):
             )
         self.decoder = decoder
 
-    def encode(self, xs: Any, lengths: Tensor | list[int] | None = None) -> Tensor:
+    def encode(self, xs: Any, lengths: Tensor | list[int] | None = None, **options: Unpack[Unfolding]) -> Tensor:
         """The code (B, C) of each sequence."""
-        return self.encoder(xs, lengths=lengths)[0]
+        return self.encoder(xs, lengths=lengths, **options)[0]
 
     def decode(
-        self, code: Tensor, steps: int, targets: Tensor | None = None, lengths: Tensor | list[int] | None = None
+        self,
+        code: Tensor,
+        steps: int,
+        targets: Tensor | None = None,
+        lengths: Tensor | list[int] | None = None,
+        **options: Unpack[Unfolding],
     ) -> Tensor:
         """o (T, B, O) for ``steps`` T from codes (B, C): forced by targets (T, B, …) where given, or else free."""
+        if positive("decode", "steps", steps) and code.dim() != 2:
+            raise InputError(f"decode: a code is (B, C), one for each sequence; got {tuple(code.shape)}.")
         if targets is not None and len(targets) != steps:
             raise InputError(f"decode: targets have {len(targets)} steps, but {steps} were asked for.")
         x = code.expand(steps, *code.shape)
-        return scan(self.decoder, x if targets is None else (x, targets), lengths=lengths)[0]
+        return scan(self.decoder, x if targets is None else (x, targets), lengths=lengths, **options)[0]
 
-    def forward(self, xs: Any, targets: Tensor | None = None, lengths: Tensor | list[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        xs: Any,
+        targets: Tensor | None = None,
+        lengths: Tensor | list[int] | None = None,
+        **options: Unpack[Unfolding],
+    ) -> Tensor:
         """o (T, B, O) where xs had T steps. ``targets`` force the decoder; it is fed each only after that step."""
+        code = self.encode(xs, lengths, **options)
         steps = len(torch.utils._pytree.tree_leaves(xs)[0])
-        return self.decode(self.encode(xs, lengths), steps, targets, lengths)
+        return self.decode(code, steps, targets, lengths, **options)

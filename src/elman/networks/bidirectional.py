@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ..combinators.nested import output_size, said
-from ..errors import CellError, OptionError
+from ..errors import CellError, OptionError, StateError
 from ..types import Pytree, State
 from ..unfold import scan
+from .unfolding import Unfolding
 
 __all__ = ["MERGES", "Bidirectional"]
 
@@ -39,7 +41,8 @@ class Bidirectional(nn.Module):
     function of both. Any cells. With ``lengths`` (B) the backward cell starts at each sequence's own last step, so
     that nothing of the padding is read. The state is the pair (s(τ), r(1)). No cell itself: y(t) waits for the end.
 
-    Raises CellError for cells that do not fit one another, OptionError for an unknown merge.
+    Raises CellError for cells that do not fit one another, OptionError for an unknown merge, StateError for a state
+    that is no pair.
     Sources: Schuster and Paliwal 1997; Goodfellow, Bengio, Courville 2016, section 10.3.
     """
 
@@ -47,6 +50,11 @@ class Bidirectional(nn.Module):
         super().__init__()
         if isinstance(merge, str) and merge not in MERGES:
             raise OptionError.unknown("merge", merge, sorted(MERGES))
+        if not callable(merge) and not isinstance(merge, str):
+            raise OptionError(
+                f"Bidirectional: merge must be one of {', '.join(sorted(MERGES))}, or a function of both outputs; got "
+                f"{merge!r}."
+            )
         if forward_cell is backward_cell:
             raise CellError(
                 f"Bidirectional: both directions are one and the same {type(forward_cell).__name__}. Build a second "
@@ -73,11 +81,17 @@ class Bidirectional(nn.Module):
         *,
         constants: Pytree = None,
         lengths: Tensor | list[int] | None = None,
+        **options: Unpack[Unfolding],
     ) -> tuple[Tensor, tuple[State, State]]:
         """y (T, B, …), zero past the end of each sequence, and both last states. Raises what ``scan`` raises."""
+        if state is not None and not (isinstance(state, tuple | list) and len(state) == 2):
+            raise StateError(
+                "Bidirectional starts from a pair of states, (of the forward cell, of the backward cell), each of them "
+                f"what that cell carries, or None; got a {type(state).__name__}."
+            )
         s, r = (None, None) if state is None else state
-        h, s = scan(self.forward_cell, xs, s, constants=constants, lengths=lengths)
-        g, r = scan(self.backward_cell, xs, r, constants=constants, lengths=lengths, reverse=True)
+        h, s = scan(self.forward_cell, xs, s, constants=constants, lengths=lengths, **options)
+        g, r = scan(self.backward_cell, xs, r, constants=constants, lengths=lengths, reverse=True, **options)
         if not isinstance(self.merge, str):
             return self.merge(h, g), (s, r)
         self._check([y.shape[-1] for y in (h, g)])

@@ -10,6 +10,7 @@ from ..combinators.feedback import Feedback
 from ..errors import InputError, OptionError
 from ..types import Pytree, State
 from ..unfold import scan
+from .unfolding import past
 
 __all__ = ["log_prob", "sample"]
 
@@ -37,8 +38,7 @@ def log_prob(
     given = (xs, ys) if isinstance(cell, Feedback) else xs
     logits, _ = scan(cell, given, state, constants=constants, lengths=lengths)
     if lengths is not None:  # what stands in the padding need not be a symbol
-        past = torch.arange(len(ys), device=ys.device)[:, None] >= torch.as_tensor(lengths, device=ys.device)
-        ys = ys.masked_fill(past, -100)
+        ys = ys.masked_fill(past(ys, lengths), -100)
     steps = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), ignore_index=-100, reduction="none")
     return -steps.view(ys.shape).sum(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..combinators import input_size, output_size, start, step
 from ..errors import CellError, InputError
 from ..types import State
 from ..unfold import scan
+from .unfolding import Unfolding
 
 __all__ = ["LanguageModel"]
 
@@ -24,7 +26,7 @@ class LanguageModel(nn.Module):
     ``cell`` is any cell that reads the embedding, a ``Stack`` of layers for example. With ``tie=True`` the output
     projection is the embedding ``E`` itself; where the cell's output is not as wide as the embedding, a linear map
     without bias stands between. Tokens are (T, B) integers, logits are (T, B, V), the state is that of the cell.
-    Raises InputError for a cell that reads another width than the embedding has.
+    Raises InputError for a cell that reads another width than the embedding has, and for what is no tokens.
 
     Source: Mikolov et al. 2010 (recurrent language model); Press & Wolf 2017 (tying); Zaremba et al. 2014
     (dropout on the connections that do not recur).
@@ -66,15 +68,20 @@ class LanguageModel(nn.Module):
         weight = self.embedding.weight
         return start(self.cell, batch, device=device or weight.device, dtype=dtype or weight.dtype)
 
-    def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: State = None, **options: Unpack[Unfolding]) -> tuple[Tensor, State]:
         """Tokens (T, B) and the state before them → logits (T, B, V) of each next symbol and the state
         after them."""
-        h, state = self.activations(tokens, state)
+        h, state = self.activations(tokens, state, **options)
         return self.logits(self.dropout_output(h)), state
 
-    def activations(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
+    def activations(self, tokens: Tensor, state: State = None, **options: Unpack[Unfolding]) -> tuple[Tensor, State]:
         """Tokens (T, B) and the state before them → outputs h (T, B, H) of the cell and the state after them."""
-        return scan(self.cell, self.dropout_input(self.embedding(tokens)), state)
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise InputError(
+                f"LanguageModel reads tokens, integers (T, B) below {self.vocab_size}; got {tuple(tokens.shape)} of "
+                f"{tokens.dtype}."
+            )
+        return scan(self.cell, self.dropout_input(self.embedding(tokens)), state, **options)
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """One symbol for each sequence, (B,), and the state → logits (B, V) and the next state."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..combinators.nested import step
 from ..errors import CellError, InputError
-from ..protocol import start
 from ..types import Pytree, State
+from ..unfold import scan
+from .unfolding import Unfolding
 
 __all__ = ["Untied"]
 
@@ -31,24 +32,30 @@ class Untied(nn.Module):
 
     def __init__(self, cells: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.cells = nn.ModuleList(cells)
+        given = list(cells) if isinstance(cells, Iterable) else [cells]
+        if not isinstance(cells, Iterable) or not all(isinstance(cell, nn.Module) for cell in given):
+            kinds = ", ".join(type(cell).__name__ for cell in given)
+            raise CellError(f"Untied takes a list of cells, one for every step; got {kinds}.")
+        self.cells = nn.ModuleList(given)
         if not self.cells:
             raise CellError("Untied needs a cell for every step; got none.")
         if len(set(self.cells)) < len(self.cells):
             raise CellError("Untied: a cell is given twice. Each step has its own; to share one, use elman.scan.")
 
-    def forward(self, xs: Pytree, state: State = None, *, constants: Pytree = None) -> tuple[Pytree, State]:
+    def forward(
+        self, xs: Pytree, state: State = None, *, constants: Pytree = None, **options: Unpack[Unfolding]
+    ) -> tuple[Pytree, State]:
         """y (T, B, …) and the state after step T. Raises InputError where xs have not exactly T steps."""
-        leaves: list[Tensor] = pytree.tree_leaves(xs)
-        if any(len(leaf) != len(self.cells) for leaf in leaves):
+        leaves, spec = pytree.tree_flatten(xs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]  # scan refuses the others
+        if any(len(leaf) != len(self.cells) for leaf in tensors):
             raise InputError(
                 f"Untied has weights for {len(self.cells)} steps, its own for each, so it cannot read a sequence of "
-                f"{len(leaves[0])}. Give it sequences of that length, or share one cell over all steps: elman.scan."
+                f"{len(tensors[0])}. Give it sequences of that length, or share one cell over all steps: elman.scan."
             )
-        if state is None:
-            state = start(self.cells[0], [leaf[0] for leaf in leaves], leaves[0].shape[1], None, constants)
         ys = []
         for t, cell in enumerate(self.cells):
-            y, state = step(cell, pytree.tree_map(lambda leaf, t=t: leaf[t], xs), state, constants)
+            here = [leaf[t : t + 1] if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves]
+            y, state = scan(cell, pytree.tree_unflatten(here, spec), state, constants=constants, **options)
             ys.append(y)
-        return pytree.tree_map(lambda *parts: torch.stack(parts), *ys), state
+        return pytree.tree_map(lambda *parts: torch.cat(parts), *ys), state

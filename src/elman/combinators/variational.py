@@ -1,9 +1,8 @@
-"""Dropout whose masks stay the same over time, on activations and on weights."""
+"""Dropout on activations with masks that stay the same over time."""
 
 from __future__ import annotations
 
 import copy
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,9 @@ from ..drawn import DropMask
 from ..errors import OptionError
 from ..protocol import MISTAKES
 from ..types import Pytree, State
-from .masked import step_with
-from .nested import Wrapper, input_size, like, start, step
+from .nested import Wrapper, first_state, input_size, like, step
 
-__all__ = ["VariationalDropout", "WeightDrop"]
+__all__ = ["VariationalDropout"]
 
 
 class VariationalDropout(Wrapper):
@@ -52,9 +50,7 @@ class VariationalDropout(Wrapper):
             )
 
     def _width(self) -> int:
-        known = like(self.cell)
-        state = start(self.cell, 1, device=known.device, dtype=known.dtype)
-        return next(leaf.shape[-1] for leaf in pytree.tree_leaves(state) if leaf.is_floating_point())
+        return next(leaf.shape[-1] for leaf in pytree.tree_leaves(first_state(self.cell)) if leaf.is_floating_point())
 
     def forward(self, x: Tensor, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
         leaves, spec = pytree.tree_flatten(state)
@@ -79,49 +75,14 @@ def _hands_on(cell: nn.Module) -> bool:
         for parameter in still.parameters():
             if parameter.dim() > 1:
                 parameter.zero_()
-    known = like(still)
     try:
-        state = start(still, 1, device=known.device, dtype=known.dtype)
-        leaves, spec = pytree.tree_flatten(state)
+        leaves, spec = pytree.tree_flatten(first_state(still))
         first = next(i for i, leaf in enumerate(leaves) if leaf.is_floating_point())
         leaves[first] = old = torch.full_like(leaves[first], 0.5).requires_grad_()
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            _, after = step(still, known.new_zeros(1, input_size(still)), pytree.tree_unflatten(leaves, spec))
+            _, after = step(still, like(still).new_zeros(1, input_size(still)), pytree.tree_unflatten(leaves, spec))
             new = pytree.tree_leaves(after)[first]
             by = torch.autograd.grad(new.sum(), old, allow_unused=True)[0] if new.requires_grad else None
     except MISTAKES:  # it reads constants, or does not say what it reads
         return False
     return by is not None and bool(by.any())
-
-
-class WeightDrop(Wrapper):
-    """Any cell with dropped connections: M ⊙ W / (1 - p) in the place of its recurrent weights W.
-
-    M ~ Bernoulli(1 - p), drawn once for each ``scan`` and shared by its sequences; in evaluation W itself.
-    ``weights`` names the parameters of the cell, separated by spaces. Input, output and state are those of the cell.
-
-    Raises OptionError for a probability outside [0, 1) and a name that is no parameter. Sources: Wan et al. 2013,
-    Regularization of neural networks using DropConnect; Merity, Keskar, Socher 2018, Regularizing and optimizing
-    LSTM language models, section 2.
-    """
-
-    def __init__(self, cell: nn.Module, p: float = 0.5, *, weights: str = "weight_hh") -> None:
-        super().__init__(cell)
-        known = dict(cell.named_parameters())
-        self.p, self.names = probability("WeightDrop", "p", p), tuple(weights.split())
-        for name in self.names:
-            if name not in known:
-                raise OptionError.unknown(f"parameter of {type(cell).__name__}", name, sorted(known))
-        self.masks = nn.ModuleList(DropMask(self.p, *known[name].shape, rows=False) for name in self.names)
-
-    def forward(self, x: Pytree, state: State, constants: Pytree = None) -> tuple[Tensor, State]:
-        if not (self.training and self.p):
-            return step(self.cell, x, state, constants)
-        dropped = {}
-        for name, mask in zip(self.names, self.masks, strict=True):
-            weight = attrgetter(name)(self.cell)
-            dropped[name] = weight * mask(weight)
-        return step_with(dropped, self.cell, x, state, constants)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, weights={' '.join(self.names)!r}"
