@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .cachefolder import cache_directory
 from .config import Config, Machine
 from .errors import OptionError
 
@@ -35,15 +34,6 @@ def prepare(machine: Machine) -> torch.device:
 def autocast(machine: Machine, device: torch.device) -> Any:
     """The context in which the forward pass runs: autocast to bfloat16, or nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=machine.precision == "bf16")
-
-
-def cache_directory() -> Path:
-    """Where tokenised texts are kept: $ELMAN_CACHE, else $XDG_CACHE_HOME/elman, else ~/.cache/elman."""
-    own = os.environ.get("ELMAN_CACHE")
-    if own:
-        return Path(own)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "elman"
 
 
 def _device(name: str) -> str:

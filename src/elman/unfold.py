@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Recording", "prepare", "scan", "unfold"]
 
-BACKENDS = ("auto", "reference", "interpret")
+BACKENDS = ("auto", "reference", "interpret", "llvm")
 
 
 @dataclass(repr=False)
@@ -102,7 +102,8 @@ def scan(
         reverse: start every sequence at its own last step; ``ys`` stay aligned with ``xs``.
         remat: None stores what the backward needs, k recomputes it from every k-th state, "auto" takes k = √T.
         record: also return a ``Recording`` of every value marked with ``elman.record`` and of all states.
-        backend: "auto", "reference" (plain loop and autograd: the definition), "interpret" (compiled program).
+        backend: "auto", "reference" (plain loop and autograd: the definition), "interpret" (compiled program, run
+            through PyTorch's operations), "llvm" (its loops as machine code; on a CPU).
 
     Returns:
         ``(ys, state)``: ys with (T, B, …) leaves and the state after each sequence's last step; with ``record=True``
@@ -205,7 +206,8 @@ def unfold(
     signature = Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, own)
     try:
         program = program_of(protocol, signature)
-        return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat)
+        kernels = backend != "interpret" and protocol.xs.leaves[0].device.type == "cpu"
+        return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat, kernels)
     except (UsageError, UnfoldError, RuntimeError, IndexError) as error:
         failed = error  # handled outside: what the user's step raises shall not have this as its context
     try:
@@ -414,7 +416,13 @@ def _watched(one: Any, protocol: Protocol, rows: Rows, parameters: dict[str, Ten
 
 
 def _by_program(
-    program: Compiled, protocol: Protocol, rows: Rows, leaves: list[Tensor], reverse: bool, remat: int | str | None
+    program: Compiled,
+    protocol: Protocol,
+    rows: Rows,
+    leaves: list[Tensor],
+    reverse: bool,
+    remat: int | str | None,
+    kernels: bool,
 ) -> Any:
     from .compiler.autograd import Call, chunk_length, run
 
@@ -425,7 +433,7 @@ def _by_program(
     handles = _perturbations(rows, state) if protocol.record else []
     xs = [*xs, *(h for h in handles if h.is_floating_point())]
     counts = (len(xs), len(state), len(weights), len(draws))
-    call = Call(program, rows, reverse, chunk_length(remat, rows.steps), counts, device)
+    call = Call(program, rows, reverse, chunk_length(remat, rows.steps), counts, device, kernels)
     ys, final = run(call, [*xs, *state, *weights, *draws])
     n = len(program.y.leaves)
     result = (program.y.rebuild(ys[:n]), protocol.state.rebuild(final))

@@ -30,6 +30,7 @@ class Call:
     chunk: int | None
     counts: tuple[int, int, int, int]  # xs, state, weights, draws
     device: torch.device
+    kernels: bool = False  # whether loops run as machine code
 
     def parts(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[list[Tensor], ...]:
         """The flat list of tensors, cut into xs, state, weights, draws."""
@@ -84,7 +85,9 @@ def _run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:
     whole = rule is not None and call.chunk is None
 
     def runner(rows: Rows) -> Runner:
-        return rule.runners(not rows.uniform)[0] if whole else call.compiled.forward(not rows.uniform)  # type: ignore[union-attr]
+        if whole:
+            return rule.runners(not rows.uniform, call.kernels)[0]  # type: ignore[union-attr]
+        return call.compiled.forward(not rows.uniform, call.kernels)
 
     size = call.chunk or graphed.steps_of_piece(runner(call.rows), call.device, call.rows.batch)
     pieces = call.pieces(size)
@@ -163,14 +166,14 @@ def _run_backward(
     g_state: list[Any] = [grads[n_ys + i] for i in carried]
     # In pieces even where nothing is computed again: what a piece leaves for its products with the weights is still in
     # the cache, and goes before the next one takes as much memory.
-    recorded = graphed.steps_of_piece(rule.runners(call.ragged)[1], call.device, call.rows.batch)
+    recorded = graphed.steps_of_piece(rule.runners(call.ragged, call.kernels)[1], call.device, call.rows.batch)
     pieces = call.pieces(call.chunk or recorded or max(_PIECE // max(call.rows.batch, 1), 16))
     begun = [list(state), *(list(starts[i * n_state : (i + 1) * n_state]) for i in range(len(pieces) - 1))]
     whole = dict(zip((name for kind, name in derivative.reads if kind == "kept"), extra, strict=not call.chunk))
     g_xs: list[list[Any]] = []
     sums: dict[int, Tensor] = {}
     for (rows, here), start in reversed(list(zip(pieces, begun, strict=True))):
-        forward, adjoint = rule.runners(not rows.uniform)
+        forward, adjoint = rule.runners(not rows.uniform, call.kernels)
         x_here, d_here = [x[here] for x in xs], [d[here] for d in draws]
         if call.chunk:
             kept = call.play(forward, rows, call.reverse, x_here, start, weights, d_here)[2]

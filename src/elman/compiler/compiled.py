@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from .lock import tracing
 from .program import Program, hoist, partition
 from .step import Step
 
-__all__ = ["Compiled", "Differentiated"]
+if TYPE_CHECKING:
+    from .llvm.kernels import Kernels
+
+__all__ = ["Compiled", "Differentiated", "kernels_of"]
 
 
 @dataclass
@@ -30,15 +33,25 @@ class Differentiated:
     forward: Program
     adjoint: Program
 
-    def runners(self, ragged: bool) -> tuple[Runner, Runner]:
-        cache: dict[bool, tuple[Runner, Runner]] = self.__dict__.setdefault("_runners", {})
-        if ragged not in cache:
+    def runners(self, ragged: bool, kernels: bool = False) -> tuple[Runner, Runner]:
+        """Both directions, with machine code for the loops or without."""
+        cache: dict[tuple[bool, bool], tuple[Runner, Runner]] = self.__dict__.setdefault("_runners", {})
+        if (ragged, kernels) not in cache:
             # Two threads may write the same program; either will do.
-            cache[ragged] = (
-                compile_program(self.forward, "forward", ragged),
-                compile_program(self.adjoint, "backward", ragged),
+            cache[ragged, kernels] = (
+                compile_program(self.forward, "forward", ragged, kernels_of(self.forward) if kernels else None),
+                compile_program(self.adjoint, "backward", ragged, kernels_of(self.adjoint) if kernels else None),
             )
-        return cache[ragged]
+        return cache[ragged, kernels]
+
+
+def kernels_of(program: Program) -> Kernels:
+    """The machine code of a program's loops, made once."""
+    from .llvm.kernels import Kernels  # llvmlite is loaded with the first loop that is compiled
+
+    if program.kernels is None:
+        program.kernels = Kernels()
+    return program.kernels
 
 
 class Compiled:
@@ -61,7 +74,7 @@ class Compiled:
         self.invariant = compile_step(before, "invariant")
         self.trivial = all(y in before.weights for y in before.ys)
         self.taken = [before.weights.index(y) for y in before.ys] if self.trivial else []  # type: ignore[arg-type]
-        self._forward: dict[bool, Runner] = {}
+        self._forward: dict[tuple[bool, bool], Runner] = {}
         self._derivatives: dict[tuple[tuple[bool, ...], tuple[bool, ...]], Differentiated | UnfoldError] = {}
 
     @cached_property
@@ -87,10 +100,12 @@ class Compiled:
         """All random numbers of one call, (N, …) each."""
         return [node.meta["draw"](rows, device) for node in self.step.draws]
 
-    def forward(self, ragged: bool) -> Runner:
-        if ragged not in self._forward:
-            self._forward[ragged] = compile_program(self.program, "forward", ragged)
-        return self._forward[ragged]
+    def forward(self, ragged: bool, kernels: bool = False) -> Runner:
+        """The program without a derivative, with machine code for the loops or without."""
+        if (ragged, kernels) not in self._forward:
+            make = kernels_of(self.program) if kernels else None
+            self._forward[ragged, kernels] = compile_program(self.program, "forward", ragged, make)
+        return self._forward[ragged, kernels]
 
     def derivative(self, needs_x: tuple[bool, ...], needs_weight: tuple[bool, ...]) -> Differentiated:
         """Programs that also give the gradients asked for."""

@@ -23,6 +23,10 @@ from .step import Step, arguments, batch_multiple
 __all__ = ["compile_program", "compile_step"]
 
 
+MakeKernel = Callable[[Step, Loop, list[fx.Node]], Any]
+"""Gives the kernel of a loop that stores the values of some nodes, or None."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Runner:
     """A generated function, with its source, and whether it has a loop over the steps."""
@@ -35,13 +39,13 @@ class Runner:
         return self.function(*args)
 
 
-def compile_program(program: Program, name: str, ragged: bool) -> Runner:
+def compile_program(program: Program, name: str, ragged: bool, kernels: MakeKernel | None = None) -> Runner:
     """The program as a function ``(rows, reverse, xs, state, weights, draws) -> (ys, final, kept, sums)``.
 
     Packed leaves are (N, …), state leaves (B, …). With ``ragged`` it also serves sequences of unequal lengths.
-    The source of the function is its attribute ``source``.
+    Loops for which ``kernels`` gives machine code are one call of that. ``source`` is the source of the function.
     """
-    source, names = Writer(program, name, ragged).write()
+    source, names = Writer(program, name, ragged, kernels).write()
     exec(compile(source, f"<elman {name}>", "exec"), names)
     return Runner(names[name], source, bool(program.loops))
 
@@ -49,7 +53,7 @@ def compile_program(program: Program, name: str, ragged: bool) -> Runner:
 class Writer:
     """Writes the source of one program. Values over all steps ("flat") keep the shape of the step with N for B."""
 
-    def __init__(self, program: Program, name: str, ragged: bool) -> None:
+    def __init__(self, program: Program, name: str, ragged: bool, kernels: MakeKernel | None = None) -> None:
         self.program, self.step, self.name, self.ragged = program, program.step, name, ragged
         self.unit = program.step.unit
         self.names = Names()
@@ -59,6 +63,8 @@ class Writer:
         self.finals: dict[int, str] = {}
         self.taken: set[str] = set()
         self.last_use = self._last_uses()
+        self.kernels = kernels
+        self.room: dict[fx.Node, str] = {}  # buffers over all steps, rows in front
         self.wide: dict[int, str] = {}  # loop states whose sequence has room for the first state in front
 
     # -- names and small pieces ---------------------------------------------------------------------------------
@@ -76,7 +82,11 @@ class Writer:
 
     def front(self, node: fx.Node, text: str, rows: str) -> str:
         """The value with its rows in front, one for each sequence."""
-        dim, k = rows_of_node(node)  # type: ignore[misc]
+        return self.moved(text, rows_of_node(node), rows)  # type: ignore[arg-type]
+
+    def moved(self, text: str, place: tuple[int, int], rows: str) -> str:
+        """A value whose k·rows stand at a dimension, with its rows in front."""
+        dim, k = place
         if k > 1:
             text = f"{text}.unflatten({dim}, ({rows}, {k}))"
         return f"{text}.movedim({dim}, 0)" if dim else text
@@ -206,6 +216,10 @@ class Writer:
 
     def _loop(self, loop: Loop) -> None:
         LoopWriter(self, loop).write()
+
+    def kernel_of(self, loop: Loop, stored: list[fx.Node]) -> Any:
+        """The machine code of a loop, None where there is none."""
+        return None if self.kernels is None else self.kernels(self.step, loop, stored)
 
     # -- results ------------------------------------------------------------------------------------------------
 

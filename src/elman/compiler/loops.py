@@ -43,9 +43,10 @@ class LoopWriter:
         self.next = {self.step.next[i]: i for i in loop.carried}
         self.views: dict[fx.Node, str] = {}  # per-step lists of views
         self.flat: dict[fx.Node, str] = {}  # what they are views of, where the loop is affine
-        self.affine = not writer.ragged and is_affine(writer.step, loop)
         self.env: dict[fx.Node, str] = {}
         self.stored = self._stored()
+        self.kernel = writer.kernel_of(loop, list(self.stored))
+        self.affine = self.kernel is None and not writer.ragged and is_affine(writer.step, loop)
         self.parts_of_cat = self._parts_of_cat()
 
     def _stored(self) -> dict[fx.Node, None]:
@@ -92,6 +93,9 @@ class LoopWriter:
         w, line = self.w, self.w.line
         names = ", ".join(self.step.state[i].name for i in self.loop.carried)
         line(f"# loop: carries {names}")
+        if self.kernel is not None:
+            self._call_kernel()
+            return
         line("times = [t for t, n in enumerate(sizes) if n]")
         line("if reverse:")
         line("times.reverse()", 2)
@@ -115,6 +119,29 @@ class LoopWriter:
             w.finals[i] = f"{self.env[self.step.state[i]]}.clone()"
         for node, text in self.buffers.items():
             w.flat[node] = text
+
+    def _call_kernel(self) -> None:
+        """The loop as one call of machine code, which writes what is stored and leaves the last state in place."""
+        w, carried = self.w, {self.step.state[i]: i for i in self.loop.carried}
+        self.buffers = {}
+        for node in self.stored:
+            self._store(node)
+        for state, i in carried.items():
+            w.finals[i] = self.env[state] = w.fresh(f"{state.name}_now")
+            w.line(f"{self.env[state]} = {w.fixed[state]}.clone(memory_format=torch.contiguous_format)")
+        inputs = [self.env[n] if n in carried else self._rows_first(n) for n in self.kernel.outside]
+        outputs = [w.room[node] for node in self.stored]
+        name = w.names.of(self.kernel, "kernel")
+        w.line(f"{name}(rows, reverse, [{', '.join(inputs)}], [{', '.join(outputs)}])")
+        w.flat.update(self.buffers)
+
+    def _rows_first(self, node: fx.Node) -> str:
+        """A value from outside with its rows in front, (N, …), (B, …) or the same for all."""
+        w = self.w
+        if is_varying(node):
+            return w.front(node, w.over_steps(node), "N")
+        place = w.batch_dim(node)
+        return w.fixed[node] if place is None else w.moved(w.fixed[node], place, "B")
 
     def _inputs(self) -> None:
         """Values from outside: one view for each step of those that vary."""
@@ -149,16 +176,13 @@ class LoopWriter:
                 if node in self.stored:
                     self.buffers[node], self.views[node] = w.flat[source], self.views[source]
                 continue
-            value = node.meta["val"]
-            dtype = w.names.of(value.dtype, str(value.dtype).replace("torch.", ""))
-            device = w.names.of(value.device, str(value.device).replace(":", "_"))
-            options = f"dtype={dtype}, device={device}"
             if node in self.stored:
-                self._store(node, options)
+                self._store(node)
+                self._split(node, w.room[node])
                 (self.out if plain else self.copies)[node] = f"{self.views[node]}[t]"
             elif plain and not w.ragged and node not in carried:
                 name = w.fresh(f"{node.name}_out")
-                w.line(f"{name} = empty({shape_source(node, w.unit, 'B')}, {options})")
+                w.line(f"{name} = empty({shape_source(node, w.unit, 'B')}, {self._options(node)})")
                 self.out[node] = name
         for node, (cat, at, size) in self.parts_of_cat.items():
             dim = cat.meta["cat_dim"]
@@ -194,8 +218,14 @@ class LoopWriter:
         same = source.meta["val"].shape == here.shape and source.meta["val"].dtype == here.dtype
         return source if alone and fresh and same and rows_of_node(source) == rows_of_node(node) == (0, 1) else None
 
-    def _store(self, node: fx.Node, options: str) -> None:
-        w = self.w
+    def _options(self, node: fx.Node) -> str:
+        value, names = node.meta["val"], self.w.names
+        dtype = names.of(value.dtype, str(value.dtype).replace("torch.", ""))
+        return f"dtype={dtype}, device={names.of(value.device, str(value.device).replace(':', '_'))}"
+
+    def _store(self, node: fx.Node) -> None:
+        """Room for a value over all steps, its rows in front."""
+        w, options = self.w, self._options(node)
         shape = [int(n) for n in node.meta["val"].shape]
         dim, k = rows_of_node(node)  # type: ignore[misc]
         rest = [*shape[:dim], *shape[dim + 1 :]]
@@ -212,7 +242,7 @@ class LoopWriter:
         else:
             w.line(f"{name} = empty((N, {sizes}), {options})")
         self.buffers[node] = w.back(node, name) if (dim, k) != (0, 1) else name
-        self._split(node, name)
+        w.room[node] = name
 
     def _split(self, node: fx.Node, text: str) -> None:
         """One view for each step; those of an affine loop for the steps that its chunks leave over."""

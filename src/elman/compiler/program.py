@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -43,6 +44,7 @@ class Program:
     step: Step
     invariant: list[fx.Node]
     parts: list[Segment | Loop]
+    kernels: Any = None  # the machine code of its loops, once made
 
     @property
     def loops(self) -> list[Loop]:

@@ -1,0 +1,190 @@
+"""A loop as machine code: compiled from its step, and called with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ...errors import UnsupportedError
+from ...packing import Rows
+from ..independence import is_varying
+from ..program import Loop
+from ..step import Step
+from . import engine, threads
+from .body import body_of
+from .entry import BARRIER_BYTES
+from .generate import WORDS, generate
+from .isa import Isa, chosen
+from .lower import Buffer, Lowered, Map, Product, lower
+
+__all__ = ["Kernel", "compile_loop"]
+
+_LINE = 64  # bytes of a cache line
+_WORK_OF_A_CALL = 2_000_000_000  # operations after which Python looks for an interrupt: some 20 milliseconds
+_WORK_TO_SHARE = 400_000  # operations that are worth a second thread
+_WORK_TO_MEET = 100_000  # operations of a step that are worth meeting after it
+_NEAR = 600_000  # bytes of weights that stay near a core
+_FEW = 4  # rows of a thread below which sharing the units is better
+
+
+class Kernel:
+    """A compiled loop. ``outside`` are the nodes it reads, in the order of the tensors it is called with."""
+
+    def __init__(self, lowered: Lowered, outside: list[fx.Node], isa: Isa) -> None:
+        self.lowered, self.outside, self.isa = lowered, outside, isa
+        self.made = generate(lowered, isa)
+        self.library = engine.load(self.made.module, isa)
+        self.address = self.library.address("loop")
+        self.packs = [self.library.address(f"pack{i}") for i in range(len(self.made.products))]
+        self.products = self.made.products
+        self.scratch = [b for b in lowered.buffers if b.role == "scratch"]
+        maps = [item for item in lowered.items if isinstance(item, Map)]
+        self.flops = sum(2 * p.k * p.n * p.times for p in self.products) + sum(
+            10 * len(m.ops) * _numbers(m.shape) for m in maps
+        )
+        self.weight_bytes = sum(self.made.packed)
+
+    def __call__(self, rows: Rows, reverse: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Run all steps. ``inputs`` are (N, …), (B, …) or the same for all; those of the states are overwritten.
+
+        ``outputs`` (N, …), contiguous, receive what is stored.
+        """
+        if not rows.total:
+            return
+        count = self._threads(rows)
+        units = count > 1 and (rows.batch < _FEW * count or self.weight_bytes > _NEAR)
+        if units and self.flops * rows.batch < _WORK_TO_MEET:
+            units, count = False, min(count, rows.batch)
+        held: list[Tensor] = []  # alive until the call is over
+        words = [0, 0, rows.steps, rows.batch, int(reverse), 0, 0, _aligned(BARRIER_BYTES, held, zero=True), int(units)]
+        if not rows.uniform:
+            sizes = (torch.tensor(values, dtype=torch.int64) for values in (rows.batch_sizes, rows.offsets))
+            for place, layout in zip((5, 6), sizes, strict=True):
+                held.append(layout)
+                words[place] = layout.data_ptr()
+        place = self._scratch(rows.batch, held)
+        for buffer in self.lowered.buffers:
+            if buffer.role == "scratch":
+                words += [place, _row_bytes(buffer)]
+                place += rows.batch * _row_bytes(buffer)
+            else:
+                words += self._given(buffer, (outputs if buffer.role == "output" else inputs)[buffer.number], rows, held)
+        words += self._packed(inputs, count, held)
+        args = (ctypes.c_int64 * len(words))(*words)
+        steps = max(_WORK_OF_A_CALL // max(self.flops * rows.batch, 1), 1)
+        for first in range(0, rows.steps, steps):
+            args[0], args[1] = first, min(first + steps, rows.steps)
+            threads.run(self.address, args, count)
+
+    def _threads(self, rows: Rows) -> int:
+        if self.flops * rows.total < _WORK_TO_SHARE:
+            return 1
+        return threads.count()
+
+    def _scratch(self, batch: int, held: list[Tensor]) -> int:
+        return _aligned(batch * sum(_row_bytes(b) for b in self.scratch), held)
+
+    def _given(self, buffer: Buffer, tensor: Tensor, rows: Rows, held: list[Tensor]) -> list[int]:
+        """Address and row stride of a tensor, after a look at whether it is what the code was made for."""
+        item = tensor.element_size()
+        if buffer.kind == "shared":
+            tensor = tensor.contiguous()
+            held.append(tensor)
+            self._check(tensor, buffer, 1)
+            return [tensor.data_ptr(), 0]
+        if not tensor.is_contiguous() and (tensor.dim() == 0 or not _neighbours(tensor)):
+            if buffer.role != "input":
+                raise AssertionError(f"{buffer.name} is written to and must be contiguous")
+            tensor = tensor.contiguous()
+        held.append(tensor)
+        self._check(tensor, buffer, rows.total if buffer.kind == "time" else rows.batch)
+        return [tensor.data_ptr(), tensor.stride(0) * item]
+
+    def _check(self, tensor: Tensor, buffer: Buffer, rows: int) -> None:
+        right = tensor.dtype == buffer.dtype and tensor.numel() == rows * buffer.row and tensor.device.type == "cpu"
+        if not right or tensor.layout is not torch.strided:
+            raise AssertionError(
+                f"{buffer.name}: {rows} rows of {buffer.row} {buffer.dtype} were expected, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+
+    def _packed(self, inputs: Sequence[Tensor], count: int, held: list[Tensor]) -> list[int]:
+        """Lay out the weights of the products. Returns where."""
+        places = []
+        for product, address, size in zip(self.products, self.packs, self.made.packed, strict=True):
+            weight = _weight(product, inputs)
+            held.append(weight)
+            if weight.shape != (product.k, product.n) or weight.dtype != product.out.buffer.dtype:
+                raise AssertionError(f"a weight ({product.k}, {product.n}) was expected, got {tuple(weight.shape)}")
+            place = _aligned(size, held)
+            strides = [stride * weight.element_size() for stride in weight.stride()]
+            args = (ctypes.c_int64 * 4)(place, weight.data_ptr(), *strides)
+            threads.run(address, args, count if size > _NEAR else 1)
+            places.append(place)
+        return places
+
+
+def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node]) -> Kernel:
+    """The kernel of a loop that writes the values of the nodes ``stored`` for every row and step.
+
+    Raises UnsupportedError where the loop, or this machine, has no machine code.
+    """
+    isa = chosen()
+    if isa is None:
+        raise UnsupportedError("there is no machine code for this processor.")
+    if any(n.meta["val"].device.type != "cpu" for n in step.state):
+        raise UnsupportedError("machine code is for tensors on the CPU.")
+    nexts = [step.next[i] for i in loop.carried]
+    outputs = list(dict.fromkeys([*nexts, *stored]))
+    body = body_of(step, loop.nodes, outputs)
+    state = {step.state[i]: outputs.index(step.next[i]) for i in loop.carried}
+    states = {}
+    for node, result in state.items():
+        if node in body.outside:
+            states[body.inputs[body.outside.index(node)]] = result
+        else:  # nothing reads it, so its next value is all that counts
+            raise UnsupportedError("a state that nothing reads")
+    carried = {step.state[i] for i in loop.carried}
+    varying = {n for n in body.outside if is_varying(n) and n not in carried}
+    return Kernel(lower(body, states, list(stored), varying), body.outside, isa)
+
+
+def _weight(product: Product, inputs: Sequence[Tensor]) -> Tensor:
+    """The weight (K, N) of a product."""
+    if isinstance(product.weight, Buffer):
+        return inputs[product.weight.number]
+    buffer, offset, along, across = product.weight
+    whole = inputs[buffer.number].contiguous()
+    return whole.as_strided((product.k, product.n), (along, across), whole.storage_offset() + offset)
+
+
+def _neighbours(tensor: Tensor) -> bool:
+    """Whether the numbers of every row lie as in a contiguous one."""
+    want = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size != 1 and stride != want:
+            return False
+        want *= size
+    return True
+
+
+def _row_bytes(buffer: Buffer) -> int:
+    """Bytes from row to row of scratch: whole cache lines and one more, so that rows do not share a cache set."""
+    return (buffer.row * buffer.dtype.itemsize + _LINE - 1) // _LINE * _LINE + _LINE
+
+
+def _aligned(size: int, held: list[Tensor], zero: bool = False) -> int:
+    """So many bytes that begin with a cache line."""
+    room = (torch.zeros if zero else torch.empty)(size + _LINE, dtype=torch.uint8)
+    held.append(room)
+    return (room.data_ptr() + _LINE - 1) // _LINE * _LINE
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count

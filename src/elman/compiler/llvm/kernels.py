@@ -1,0 +1,49 @@
+"""The machine code of a program's loops, and why some have none."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import fx
+
+from ...errors import UnfoldWarning, UnsupportedError
+from ..program import Loop
+from ..step import Step
+from .kernel import Kernel, compile_loop
+
+__all__ = ["Kernels"]
+
+_warned: set[str] = set()
+
+
+class Kernels:
+    """Kernels of the loops of one program, each compiled when it is first asked for.
+
+    ``missing`` says for each loop without one, by the names of the states it carries, why.
+    """
+
+    def __init__(self) -> None:
+        self.missing: dict[str, str] = {}
+        self._found: dict[tuple[int, ...], Kernel | None] = {}
+        self._loops: list[Loop] = []  # alive, so that their numbers are their own
+
+    def __call__(self, step: Step, loop: Loop, stored: list[fx.Node]) -> Kernel | None:
+        """The kernel of a loop, None where it must run through PyTorch's operations; that is said once."""
+        key = (id(loop), *map(id, stored))
+        if key not in self._found:
+            self._loops.append(loop)
+            try:
+                self._found[key] = compile_loop(step, loop, stored)
+            except UnsupportedError as error:
+                self._found[key] = None
+                carried = ", ".join(step.state[i].name for i in loop.carried)
+                self.missing[carried] = str(error)
+                _warn(carried, str(error))
+        return self._found[key]
+
+
+def _warn(carried: str, reason: str) -> None:
+    text = f"the loop over {carried} runs through PyTorch's operations, some times slower: {reason}"
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, UnfoldWarning, stacklevel=2)
