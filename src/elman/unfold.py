@@ -318,7 +318,7 @@ def _runs_reference(backend: str, rows: Rows, tensors: list[Tensor]) -> bool:
     if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in tensors):
         raise ForwardModeError(_FORWARD_MODE)
     # One step is the step itself: there is nothing to unfold.
-    return backend == "auto" and rows.steps <= 1
+    return backend == "auto" and rows.steps <= 1 and not torch.compiler.is_compiling()
 
 
 _FORWARD_MODE = (

@@ -65,7 +65,14 @@ def body_of(step: Step, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) ->
 @lru_cache(maxsize=1)
 def _table() -> dict[Any, Callable[..., Any]]:
     """What becomes of operations that are more than one product, pointwise operation or reduction."""
-    keep = {aten.addmm.default, aten.addcmul.default, aten.sigmoid.default, aten.tanh.default, aten.silu.default, aten.softplus.default}
+    keep = {
+        aten.addmm.default,
+        aten.addcmul.default,
+        aten.sigmoid.default,
+        aten.tanh.default,
+        aten.silu.default,
+        aten.softplus.default,
+    }
     more = [aten.hardtanh.default, aten.elu.default, aten.leaky_relu.default, aten.linalg_vector_norm.default]
     table = {**core_aten_decompositions(), **{op: decomposition_table[op] for op in more if op in decomposition_table}}
     table |= {

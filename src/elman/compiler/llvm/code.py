@@ -93,7 +93,9 @@ def store(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, align: int | None
 
 
 def _size(kind: ir.Type) -> int:
-    return 4 if kind is F32 else 8 if kind in (F64, PTR) or isinstance(kind, ir.PointerType) else max(kind.width // 8, 1)
+    return (
+        4 if kind is F32 else 8 if kind in (F64, PTR) or isinstance(kind, ir.PointerType) else max(kind.width // 8, 1)
+    )
 
 
 def splat(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:

@@ -44,7 +44,7 @@ from .code import (
 )
 from .entry import barrier, exported
 from .isa import Isa
-from .lower import Access, Buffer, Contract, Item, Lowered, Map, Op, Product
+from .lower import Access, Buffer, Chosen, Contract, Item, Lowered, Map, Op, Product, reads_of
 from .product import pack, packed_bytes, panels, product
 
 __all__ = ["WORDS", "Generated", "generate"]
@@ -346,6 +346,8 @@ class _Rows:
         def operand(given: Any) -> Any:
             if isinstance(given, tuple):
                 return registers[given[1]]
+            if isinstance(given, Chosen):
+                return self._chosen(given, rows, where, rest)
             if not isinstance(given, Access):
                 return given
             if given not in seen:
@@ -401,6 +403,15 @@ class _Rows:
                 value = b.insert_element(value, one, constant(I32, lane))
         return b.icmp_unsigned("!=", value, constant(wide, 0)) if kind is BOOL else value
 
+    def _chosen(
+        self, given: Chosen, rows: dict[Buffer, ir.Value], index: Sequence[ir.Value], rest: int | None
+    ) -> ir.Value:
+        """Part of the row of a table whose number stands in memory."""
+        b, table = self.b, given.table
+        number = load(b, self._place(given.number, rows[given.number.buffer], index), I64)
+        row = b.mul(number, constant(I64, given.width * _BYTES[table.buffer.dtype]))
+        return self._read(table, at(b, rows[table.buffer], row), index, rest)
+
     def _constant_memory(self, value: ir.Value, access: Access) -> None:
         if access.buffer.role == "input":  # nothing in the loop writes there
             value.set_metadata("invariant.load", self.read_only)
@@ -435,6 +446,8 @@ class _Rows:
             form = "reduced"
         else:
             form, self.lanes = "single", 1
+        if item.kind == "argmax":
+            form, self.lanes = "single", 1
         self.each_row(item, lambda rows: self._kept(item, rows, [], form))
 
     def _kept(self, item: Contract, rows: dict[Buffer, ir.Value], index: list[ir.Value], form: str) -> None:
@@ -457,6 +470,9 @@ class _Rows:
         self, item: Contract, rows: dict[Buffer, ir.Value], index: list[ir.Value], form: str, rest: int | None
     ) -> None:
         """One result, or a vector of them."""
+        if item.kind == "argmax":
+            self._argmax(item, rows, index)
+            return
         b, dtype = self.b, item.out.buffer.dtype
         wide = self._vector(dtype)
         with b.goto_entry_block():
@@ -464,7 +480,9 @@ class _Rows:
         b.store(constant(wide, _NEUTRAL[item.kind]), place)
 
         def term(inner: list[ir.Value], part: int | None) -> None:
-            values = [self._term(a, rows[a.buffer], [*index, *inner], len(index), form, part or rest) for a in item.reads]
+            values = [
+                self._term(a, rows[a.buffer], [*index, *inner], len(index), form, part or rest) for a in item.reads
+            ]
             total = b.load(place, typ=wide)
             if item.kind == "sum" and len(values) == 2:
                 name = f"llvm.fma.{suffix(wide)}"
@@ -500,6 +518,24 @@ class _Rows:
                 masked_store(b, total, where, lanes_below(rest, self.lanes))
         else:
             store(b, _across(b, total, item.kind) if self.lanes > 1 else total, where)
+
+    def _argmax(self, item: Contract, rows: dict[Buffer, ir.Value], index: list[ir.Value]) -> None:
+        """Which number is the largest, the first of equals; NaN is larger than all."""
+        b, read = self.b, item.reads[0]
+        kind = KINDS[read.buffer.dtype]
+        with b.goto_entry_block():
+            best, where = b.alloca(kind), b.alloca(I64)
+        row = rows[read.buffer]
+        b.store(load(b, self._place(read, row, [*index, *(constant(I64, 0) for _ in item.inner)]), kind), best)
+        b.store(constant(I64, 0), where)
+        if item.inner:
+            with counted(b, 1, item.inner[0], 1, "k") as k:
+                value, most = load(b, self._place(read, row, [*index, k]), kind), b.load(best, typ=kind)
+                larger = b.fcmp_unordered(">", value, most)
+                with b.if_then(b.and_(larger, b.fcmp_ordered("ord", most, most))):
+                    b.store(value, best)
+                    b.store(k, where)
+        store(b, b.load(where, typ=I64), self._place(item.out, rows[item.out.buffer], index))
 
     def _term(
         self, access: Access, row: ir.Value, index: list[ir.Value], kept: int, form: str, part: int | None
@@ -568,8 +604,7 @@ def _neighbours(items: Sequence[Item]) -> list[list[int]]:
 def _accesses(item: Map | Contract) -> list[Access]:
     if isinstance(item, Contract):
         return [*item.reads, item.out]
-    reads = [a for op in item.ops for a in op.operands if isinstance(a, Access)]
-    return [*reads, *(a for _, a in item.stores), *(a for _, _, a in item.reductions)]
+    return [*reads_of(item), *(a for _, a in item.stores), *(a for _, _, a in item.reductions)]
 
 
 def _outer(access: Access) -> int:
@@ -586,9 +621,7 @@ def _share(b: ir.IRBuilder, count: ir.Value, part: ir.Value, parts: ir.Value) ->
     return b.sdiv(b.mul(count, part), parts), b.sdiv(b.mul(count, next_part), parts)
 
 
-def _vector_share(
-    b: ir.IRBuilder, widths: Sequence[int], part: ir.Value, parts: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def _vector_share(b: ir.IRBuilder, widths: Sequence[int], part: ir.Value, parts: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The same share as that of a product's panels, in vectors."""
     first, last = _share(b, constant(I64, len(widths)), part, parts)
     wide = sum(w == widths[0] for w in widths)

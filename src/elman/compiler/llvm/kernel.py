@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, fx
 
+from ...cachefolder import cache_directory
 from ...errors import UnsupportedError
 from ...packing import Rows
 from ..independence import is_varying
@@ -36,7 +38,7 @@ class Kernel:
     def __init__(self, lowered: Lowered, outside: list[fx.Node], isa: Isa) -> None:
         self.lowered, self.outside, self.isa = lowered, outside, isa
         self.made = generate(lowered, isa)
-        self.library = engine.load(self.made.module, isa)
+        self.library = engine.load(self.made.module, isa, cache_directory())
         self.address = self.library.address("loop")
         self.packs = [self.library.address(f"pack{i}") for i in range(len(self.made.products))]
         self.products = self.made.products
@@ -65,13 +67,14 @@ class Kernel:
             for place, layout in zip((5, 6), sizes, strict=True):
                 held.append(layout)
                 words[place] = layout.data_ptr()
-        place = self._scratch(rows.batch, held)
+        scratch = iter(self._scratch(rows.batch, held))
         for buffer in self.lowered.buffers:
             if buffer.role == "scratch":
-                words += [place, _row_bytes(buffer)]
-                place += rows.batch * _row_bytes(buffer)
+                words += [next(scratch), _row_bytes(buffer)]
             else:
-                words += self._given(buffer, (outputs if buffer.role == "output" else inputs)[buffer.number], rows, held)
+                words += self._given(
+                    buffer, (outputs if buffer.role == "output" else inputs)[buffer.number], rows, held
+                )
         words += self._packed(inputs, count, held)
         args = (ctypes.c_int64 * len(words))(*words)
         steps = max(_WORK_OF_A_CALL // max(self.flops * rows.batch, 1), 1)
@@ -84,8 +87,11 @@ class Kernel:
             return 1
         return threads.count()
 
-    def _scratch(self, batch: int, held: list[Tensor]) -> int:
-        return _aligned(batch * sum(_row_bytes(b) for b in self.scratch), held)
+    def _scratch(self, batch: int, held: list[Tensor]) -> list[int]:
+        """Where each scratch buffer begins."""
+        sizes = [batch * _row_bytes(b) for b in self.scratch]
+        ends = [*accumulate(sizes, initial=_aligned(sum(sizes), held))]
+        return ends[:-1]
 
     def _given(self, buffer: Buffer, tensor: Tensor, rows: Rows, held: list[Tensor]) -> list[int]:
         """Address and row stride of a tensor, after a look at whether it is what the code was made for."""

@@ -22,7 +22,7 @@ from ..step import arguments, batch_multiple, location
 from . import pointwise
 from .body import Body
 
-__all__ = ["Access", "Buffer", "Contract", "Item", "Lowered", "Map", "Op", "Operand", "Product", "lower"]
+__all__ = ["Access", "Buffer", "Chosen", "Contract", "Item", "Lowered", "Map", "Op", "Product", "lower", "reads_of"]
 
 Kind = Literal["time", "batch", "shared"]
 
@@ -61,13 +61,21 @@ class Access:
         return f"{self.buffer.name}{at}" + ("" if plain else f":{','.join(map(str, self.strides))}")
 
 
-Operand = int | Access | float | bool | None | torch.dtype
-"""The number of an earlier operation of the same map, memory, or a constant (an int is always a register)."""
+@dataclass(frozen=True)
+class Chosen:
+    """Rows of a table that is the same for all: the number of the row stands in memory."""
+
+    table: Access
+    number: Access
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.table}[{self.number}]"
 
 
 @dataclass(frozen=True)
 class Op:
-    """One pointwise operation of a map; its operands are registers (as ("r", n)), memory, or constants."""
+    """One pointwise operation of a map; its operands are registers (as ("r", number)), memory, or constants."""
 
     name: str
     operands: tuple[Any, ...]
@@ -277,10 +285,17 @@ class _Lowering:
             self._product(node)
         elif name in ("bmm", "baddbmm"):
             self._batched(node)
+        elif name == "argmax":
+            self._argmax(node)
+        elif name == "embedding":
+            self._embedding(node)
         elif name in _REDUCTIONS:
             self._reduction(node, _REDUCTIONS[name])
         elif name in ("cat", "stack"):
-            self._cat(node, name)
+            dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+            self._cat(node, list(node.args[0]), dim, stacked=name == "stack")  # type: ignore[arg-type]
+        elif name in ("slice_scatter", "select_scatter"):
+            self._scatter(node, name)
         elif pointwise.supports(name):
             self._pointwise(node, name)
         else:
@@ -344,8 +359,7 @@ class _Lowering:
                 wanted.append((found, False))
                 continue
             value, view = found
-            inner = self._normal(torch.broadcast_to(view, like.shape), self._rows(like))
-            here = value.map is not None and inner == (0, shape, self._own_strides(shape))
+            here = self._held(value, torch.broadcast_to(view, like.shape), self._rows(like), shape)
             wanted.append((arg, True))
             first = max(first, value.map if here else value.ready)  # type: ignore[type-var]
         index = self._map(shape, first)
@@ -360,10 +374,17 @@ class _Lowering:
 
     def _operand(self, arg: fx.Node, like: Tensor, shape: tuple[int, ...], index: int) -> Any:
         value, view = self._resolve(arg)
-        inner = self._normal(torch.broadcast_to(view, like.shape), self._rows(like))
-        if value.map == index and value.register >= 0 and inner == (0, shape, self._own_strides(shape)):
+        if value.map == index and self._held(value, torch.broadcast_to(view, like.shape), self._rows(like), shape):
             return ("r", value.register)
         return self._access(arg, like)[0]
+
+    def _held(self, value: _Value, view: Tensor, rows: tuple[int, int] | None, shape: tuple[int, ...]) -> bool:
+        """Whether a map over that shape has a view of a value, number for number, in a register."""
+        if value.map is None:
+            return False
+        item = self.items[value.map]
+        plain = self._normal(view, rows) == (0, shape, self._own_strides(shape))
+        return isinstance(item, Map) and item.shape == shape and plain
 
     def _map(self, shape: tuple[int, ...], first: int, reduced: int = 0) -> int:
         """The first map over that shape that may read what is ready from ``first`` on; a new one where there is none."""
@@ -394,8 +415,7 @@ class _Lowering:
         if not reduced:
             self.views[node] = (self._copied(node.args[0], view), meta)  # type: ignore[arg-type]
             return
-        inner = self._normal(view, rows)
-        here = value.map is not None and value.register >= 0 and inner == (0, shape, self._own_strides(shape))
+        here = self._held(value, view, rows, shape)
         index = self._map(shape, value.map if here else value.ready, reduced)  # type: ignore[arg-type]
         item = self.items[index]
         assert isinstance(item, Map)
@@ -408,6 +428,32 @@ class _Lowering:
         outer = shape[: len(shape) - reduced]
         item.reductions.append((operand[1], kind, Access(buffer, 0, self._own_strides(outer))))
         self.values[node] = _Value(meta, index + 1, buffer)
+
+    def _argmax(self, node: fx.Node) -> None:
+        source, dim, _ = (*arguments(node), None, False)[:3]
+        if dim is None:
+            raise self._refuse(node, "argmax over all dimensions")
+        self._contract(node, [source], [dim % source.meta["val"].dim()], "argmax", self._canonical(node.meta["val"]))
+
+    def _embedding(self, node: fx.Node) -> None:
+        """Rows of a table; only where their numbers were counted here, for nothing else is sure to be in range."""
+        table, index = arguments(node)[:2]
+        (value, view), (number, where) = self._resolve(table), self._resolve(index)
+        counted = any(isinstance(i, Contract) and i.kind == "argmax" and i.out.buffer is number.buffer for i in self.items)
+        if not counted or value.buffer is None or value.buffer.kind != "shared" or not view.is_contiguous():
+            raise self._refuse(node, "embedding of numbers from outside")
+        like = self._canonical(node.meta["val"])
+        rows = self._rows(like)
+        shape = self._normal(like, rows)[1]
+        width = int(view.shape[1])
+        strides = (*(0,) * (len(shape) - (width != 1)), *((1,) if width != 1 else ()))
+        table_access = Access(value.buffer, int(view.storage_offset()) + value.offset, strides)
+        offset, _, number_strides = self._normal(where.unsqueeze(-1).expand(*where.shape, width), rows)
+        chosen = Chosen(table_access, Access(number.buffer, offset + number.offset, number_strides), width)
+        item = self.items[at := self._map(shape, number.ready)]
+        assert isinstance(item, Map)
+        item.ops.append(Op("clone", (chosen,), (), node.meta["val"].dtype, location(node)))
+        self.values[node] = _Value(like, at + 1, map=at, register=len(item.ops) - 1)
 
     def _contract(self, node: fx.Node, sources: list[fx.Node], over: list[int], kind: str, meta: Tensor) -> None:
         """A reduction over dimensions in the middle: its own item."""
@@ -436,24 +482,48 @@ class _Lowering:
         *bias, left, right = arguments(node)
         if bias or node.kwargs:
             raise self._refuse(node, "baddbmm")
-        (_, a), (_, b) = self._resolve(left), self._resolve(right)
-        if self._rows(a) not in ((0, 1), None) or self._rows(b) not in ((0, 1), None):
-            raise self._refuse(node, "bmm of several matrices for each sequence")
-        if self._rows(a) is None or self._rows(b) is None:
-            raise self._refuse(node, "bmm with a matrix for all sequences")
-        m, k, n = int(a.shape[1]), int(a.shape[2]), int(b.shape[2])
-        wide = [a[0].unsqueeze(1).expand(m, n, k), b[0].t().unsqueeze(0).expand(m, n, k)]
+        (_, a), (b_value, b) = self._resolve(left), self._resolve(right)
+        if (self._rows(a) or (0,))[0] == 1 and self._rows(b) is None:
+            self._grouped(node, left, right)
+            return
+        if (self._rows(a) or (0,))[0] or (self._rows(b) or (0,))[0]:
+            raise self._refuse(node, "a product of two values that vary")
+        (g, m, k), n = (int(size) for size in a.shape), int(b.shape[2])
+        g //= self.unit
+        first, second = (v.unflatten(0, (self.unit, g))[0] for v in (a, b))
+        wide = first.unsqueeze(2).expand(g, m, n, k), second.transpose(1, 2).unsqueeze(1).expand(g, m, n, k)
+        kept = [d for d, size in enumerate((g, m, n)) if size != 1]
         reads = []
-        kept = [d for d, size in enumerate((m, n)) if size != 1]
         for source, view in zip((left, right), wide, strict=True):
             value = self._resolve(source)[0]
-            buffer = self._in_memory(value, source.name)
-            strides = (*(int(view.stride(d)) for d in kept), int(view.stride(2)))
-            reads.append(Access(buffer, int(view.storage_offset()) + value.offset, strides))
-        shape = tuple((m, n)[d] for d in kept)
+            strides = (*(int(view.stride(d)) for d in kept), int(view.stride(3)))
+            at = int(view.storage_offset()) + value.offset
+            reads.append(Access(self._in_memory(value, source.name), at, strides))
+        shape = tuple((g, m, n)[d] for d in kept)
         buffer = self._buffer(node.name, "batch", node.meta["val"])
         self.items.append(Contract(shape, (k,), reads, "sum", Access(buffer, 0, self._own_strides(shape))))
         self.values[node] = _Value(self._canonical(node.meta["val"]), len(self.items), buffer)
+
+    def _grouped(self, node: fx.Node, left: fx.Node, right: fx.Node) -> None:
+        """bmm of (groups, B, K) with weights (groups, K, N): a product for each group, side by side."""
+        (_, a), (weight, b) = self._resolve(left), self._resolve(right)
+        if self._rows(a) != (1, 1) or weight.buffer is None or weight.buffer.kind != "shared":
+            raise self._refuse(node, "a product of two values that vary")
+        groups, k, n = (int(size) for size in b.shape)
+        if int(a.stride(2)) != 1 and k != 1:
+            left = self._copied(left, a)
+            a = self.values[left].meta
+        value = self._resolve(left)[0]
+        source = self._in_memory(value, left.name)
+        buffer = self._buffer(node.name, "batch", node.meta["val"])
+        meta = self._canonical(node.meta["val"])
+        for group in range(groups):
+            at = int(a[group].storage_offset()) + value.offset
+            part = int(b[group].storage_offset()) + weight.offset
+            out = Access(buffer, int(meta[group].storage_offset()), (1,))
+            where = (weight.buffer, part, int(b.stride(1)), int(b.stride(2)))
+            self.items.append(Product(out, None, Access(source, at, (1,)), where, k, n, 1))
+        self.values[node] = _Value(meta, len(self.items), buffer)
 
     def _product(self, node: fx.Node) -> None:
         *bias, left, right = arguments(node)
@@ -517,41 +587,66 @@ class _Lowering:
         strides = (int(wide.stride(0)), 1) if times > 1 else (1,)
         return Access(buffer, int(wide.storage_offset()) + value.offset, strides), None
 
-    def _cat(self, node: fx.Node, name: str) -> None:
-        """Every part is written straight into its place."""
-        sources: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-        dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    def _scatter(self, node: fx.Node, name: str) -> None:
+        """A value with a part replaced is what stands before the part, the part, and what stands after it, joined."""
+        given = arguments(node)
+        into, part, dim, start, end, step = (*given, *(None, None, 0, None, None, 1)[len(given) :])
+        size, dim = int(node.meta["val"].shape[dim]), dim % node.meta["val"].dim()
+        if name == "select_scatter":
+            start, end, step = start % size, start % size + 1, 1
+        start, end, _ = slice(start, end).indices(size)
+        if step != 1:
+            raise self._refuse(node, f"{name} with a step")
+        pieces = [self._narrowed(into, dim, 0, start), part, self._narrowed(into, dim, end, size - end)]
+        self._cat(node, pieces, dim, stacked=False, middle=name == "select_scatter")
+
+    def _narrowed(self, node: fx.Node, dim: int, start: int, size: int) -> fx.Node:
+        """Part of a value, as a node that is a view of it."""
+        narrow = fx.Node(self.body.graph, f"{node.name}_part", "call_function", _copy, (node,), {})
+        value = node.meta["val"]
+        narrow.meta = {**node.meta, "val": torch.empty(value.shape, dtype=value.dtype, device="meta").narrow(dim, start, size)}
+        found = self._resolve(node)
+        if isinstance(found, tuple) and isinstance(found[0], _Value):
+            base = next(n for n, v in self.values.items() if v is found[0])
+            self.views[narrow] = (base, found[1].narrow(dim, start, size))
+        else:
+            self.numbers[narrow] = found
+        return narrow
+
+    def _cat(self, node: fx.Node, sources: list[fx.Node], dim: int, *, stacked: bool, middle: bool = False) -> None:
+        """Every part is written straight into its place; of a stack, and of the one in the middle, without its dim."""
         meta = self._canonical(node.meta["val"])
         dim %= meta.dim()
         rows = self._rows(meta)
-        if rows is not None and rows[0] == dim and name == "cat":
-            raise self._refuse(node, "cat along the rows")
+        if rows is not None and rows[0] == dim:
+            raise self._refuse(node, "joining along the rows")
         buffer = self._buffer(node.name, "batch", node.meta["val"])
-        at, ready = 0, 0
+        at = 0
         whole = _Value(meta, 0, buffer)
-        for source in sources:
-            shape = source.meta["val"].shape
-            size = 1 if name == "stack" else int(shape[dim])
+        for i, source in enumerate(sources):
+            alone = stacked or (middle and i == 1)
+            size = 1 if alone else int(source.meta["val"].shape[dim])
             place = meta.narrow(dim, at, size)
-            place = place.squeeze(dim) if name == "stack" else place
             at += size
-            if size == 0:
-                continue
-            offset, inner, strides = self._normal(place, self._rows(place))
-            ready = max(ready, self._write(source, Access(buffer, offset, strides), inner))
-        whole.ready = ready
+            if place.numel():
+                offset, inner, strides = self._normal(place, rows)
+                whole.ready = max(whole.ready, self._write(source, Access(buffer, offset, strides), inner))
         self.values[node] = whole
 
     def _write(self, source: fx.Node, access: Access, shape: tuple[int, ...]) -> int:
         """Also store a value at a place of that shape. Returns the first item that may read it there."""
         found = self._resolve(source)
-        if isinstance(found, tuple) and isinstance(found[0], _Value):
+        given = isinstance(found, tuple) and isinstance(found[0], _Value)
+        if given and found[0].map is not None:
             value, view = found
-            inner = self._normal(view, self._rows(view))
-            if value.map is not None and value.register >= 0 and inner == (0, shape, self._own_strides(shape)):
-                self._store(value, access)
+            item = self.items[value.map]
+            plain = self._normal(view, self._rows(view)) == (0, shape, self._own_strides(shape))
+            whole = math.prod(shape) == math.prod(item.shape) and access.strides == self._own_strides(shape)
+            if plain and (item.shape == shape or whole):  # neighbours either way, so looped over as the map does
+                strides = access.strides if item.shape == shape else self._own_strides(item.shape)
+                self._store(value, Access(access.buffer, access.offset, strides))
                 return value.map + 1
-        copy = self._copied(source, source.meta["val"] if not isinstance(found, tuple) else found[1])
+        copy = self._copied(source, found[1] if given else source.meta["val"])
         value = self.values[copy]
         assert value.map is not None
         self._store(value, access)
@@ -600,11 +695,9 @@ class _Lowering:
             assert buffer is not None
             if isinstance(found, tuple) and isinstance(found[0], _Value):
                 value, view = found
-                inner = self._normal(view, self._rows(view))
                 if self._straight(value, view, buffer):
                     continue
-                held = value.map is not None and value.register >= 0
-                if held and inner == (0, shape, self._own_strides(shape)) and self._free(buffer, value.map):  # type: ignore[arg-type]
+                if self._held(value, view, self._rows(view), shape) and self._free(buffer, value.map):  # type: ignore[arg-type]
                     self._store(value, Access(buffer, 0, self._own_strides(shape)))
                     continue
             late.append((state, node))
@@ -631,7 +724,9 @@ class _Lowering:
 
     def _straight(self, value: _Value, view: Tensor, state: Buffer) -> bool:
         """Let a product write its sum where the state is, if nothing else wants either."""
-        made = next((i for i, p in enumerate(self.items) if isinstance(p, Product) and p.out.buffer is value.buffer), -1)
+        made = next(
+            (i for i, p in enumerate(self.items) if isinstance(p, Product) and p.out.buffer is value.buffer), -1
+        )
         if made < 0 or view is not value.meta or value.buffer is None or value.buffer.role != "scratch":
             return False
         product, later = self.items[made], self.items[made + 1 :]
@@ -650,7 +745,7 @@ class _Lowering:
         item = self.items[index]
         assert isinstance(item, Map)
         own = self._own_strides(item.shape)
-        reads = [a for op in item.ops for a in op.operands if isinstance(a, Access) and a.buffer is buffer]
+        reads = [a for a in reads_of(item) if a.buffer is buffer]
         return all(a.offset == 0 and a.strides == own for a in reads)
 
     def _chunks(self) -> None:
@@ -661,9 +756,8 @@ class _Lowering:
                     other.shape[-1]
                     for other in self.items
                     if isinstance(other, Map) and other.shape
-                    for op in other.ops
-                    for a in op.operands
-                    if isinstance(a, Access) and a.buffer is item.out.buffer
+                    for a in reads_of(other)
+                    if a.buffer is item.out.buffer
                 }
                 width = next(iter(widths)) if len(widths) == 1 else item.n
                 item.chunk = width if item.n % width == 0 else item.n
@@ -676,6 +770,13 @@ def _copy() -> None:
     """Stands for a copy that the lowering makes."""
 
 
+def reads_of(item: Map) -> list[Access]:
+    """All memory that a map reads."""
+    given = [a for op in item.ops for a in op.operands]
+    chosen = [part for a in given if isinstance(a, Chosen) for part in (a.table, a.number)]
+    return [*(a for a in given if isinstance(a, Access)), *chosen]
+
+
 def _integers(args: Any) -> tuple[int, ...]:
     first = args[0]
     return tuple(int(n) for n in (first if isinstance(first, (list, tuple)) else args))
@@ -683,7 +784,7 @@ def _integers(args: Any) -> tuple[int, ...]:
 
 def _buffers(item: Item) -> set[Buffer]:
     if isinstance(item, Map):
-        reads = {a.buffer for op in item.ops for a in op.operands if isinstance(a, Access)}
+        reads = {a.buffer for a in reads_of(item)}
         return reads | {a.buffer for _, a in item.stores} | {a.buffer for _, _, a in item.reductions}
     if isinstance(item, Contract):
         return {a.buffer for a in (*item.reads, item.out)}

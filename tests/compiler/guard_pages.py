@@ -1,0 +1,127 @@
+"""A test mode of the kernels: every buffer that one is given ends, or begins, at a page that nobody may touch.
+
+What a kernel only reads lies in pages that cannot be written to. What it is to fill is NaN before, and so is all that
+lies between the rows of what it reads. A wrong address ends the process, so checks in this mode run in another one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from elman.compiler.llvm import kernel
+from elman.compiler.llvm.kernel import Kernel
+from elman.packing import Rows
+
+__all__ = ["Pages", "guarded"]
+
+_PAGE = mmap.PAGESIZE
+_NONE, _READ, _WRITE = 0, 1, 2  # PROT_NONE, PROT_READ, PROT_WRITE
+_PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+class Pages:
+    """Memory with an inaccessible page on either side; ``at_end`` says which side it touches."""
+
+    def __init__(self, at_end: bool) -> None:
+        self.at_end = at_end
+        self._mapped: list[tuple[int, int]] = []
+
+    def room(self, size: int, alignment: int) -> int:
+        """Where so many bytes begin, all of them 0xFF: NaN in every floating type, true, and -1."""
+        inner = max(-(-size // _PAGE), 1) * _PAGE
+        start = _libc.mmap(None, inner + 2 * _PAGE, _NONE, _PRIVATE_ANONYMOUS, -1, 0)
+        if start in (None, 2**64 - 1):
+            raise OSError(ctypes.get_errno(), "mmap")
+        self._mapped.append((start, inner + 2 * _PAGE))
+        self._protect(start + _PAGE, inner, _READ | _WRITE)
+        ctypes.memset(start + _PAGE, 0xFF, inner)
+        slack = (inner - size) // alignment * alignment if self.at_end else 0
+        return start + _PAGE + slack
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """The same numbers, as far apart, in such memory."""
+        if not tensor.numel():
+            return tensor
+        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        item = tensor.element_size()
+        address = self.room(span * item, item)
+        raw = torch.frombuffer((ctypes.c_char * (span * item)).from_address(address), dtype=tensor.dtype)
+        repeated = any(n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if repeated:  # there is nothing between the rows
+            raw.copy_(tensor.as_strided((span,), (1,), tensor.storage_offset()))
+            return raw.as_strided(tensor.shape, tensor.stride())
+        made = raw.as_strided(tensor.shape, tensor.stride())
+        made.copy_(tensor)
+        return made
+
+    def close(self, address: int) -> None:
+        """From now on what lies there cannot be written to."""
+        for start, size in self._mapped:
+            if start <= address < start + size:
+                self._protect(start + _PAGE, size - 2 * _PAGE, _READ)
+
+    def free(self) -> None:
+        for start, size in self._mapped:
+            _libc.munmap(start, size)
+        self._mapped.clear()
+
+    def _protect(self, start: int, size: int, access: int) -> None:
+        if _libc.mprotect(start, size, access):
+            raise OSError(ctypes.get_errno(), "mprotect")
+
+
+@contextmanager
+def guarded(at_end: bool) -> Iterator[list[Kernel]]:
+    """Calls of kernels inside are guarded; gives the list of the kernels that ran."""
+    ran: list[Kernel] = []
+    plain = Kernel.__call__
+
+    def call(self: Kernel, rows: Rows, reverse: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        pages = Pages(at_end)
+        written = {b.number for b in self.lowered.buffers if b.role == "state"}
+
+        def aligned(size: int, held: list[Tensor], zero: bool = False) -> int:
+            address = pages.room(size, kernel._LINE)
+            if zero:
+                ctypes.memset(address, 0, size)
+            return address
+
+        def scratch(self: Kernel, batch: int, held: list[Tensor]) -> list[int]:
+            return [aligned(batch * kernel._row_bytes(buffer), held) for buffer in self.scratch]
+
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernel, "_aligned", aligned)
+                patch.setattr(Kernel, "_scratch", scratch)
+                own_inputs, own_outputs = [pages.like(t) for t in inputs], [pages.like(t) for t in outputs]
+                for made in own_outputs:
+                    made.view(torch.uint8).fill_(0xFF)
+                for number, made in enumerate(own_inputs):
+                    if number not in written and made.numel():
+                        pages.close(made.data_ptr())
+                plain(self, rows, reverse, own_inputs, own_outputs)
+            for number in written:
+                inputs[number].copy_(own_inputs[number])
+            for given, made in zip(outputs, own_outputs, strict=True):
+                given.copy_(made)
+            ran.append(self)
+        finally:
+            pages.free()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kernel, "__call__", call)
+        yield ran
