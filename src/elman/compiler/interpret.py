@@ -23,8 +23,8 @@ from .step import Step, arguments, batch_multiple
 __all__ = ["compile_program", "compile_step"]
 
 
-MakeKernel = Callable[[Step, Loop, list[fx.Node]], Any]
-"""Gives the kernel of a loop that stores the values of some nodes, or None."""
+MakeKernel = Callable[[Step, Loop, list[fx.Node], list[fx.Node]], Any]
+"""Gives the kernel of a loop that stores the values of some nodes, perhaps in place of others; or None."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,9 +217,9 @@ class Writer:
     def _loop(self, loop: Loop) -> None:
         LoopWriter(self, loop).write()
 
-    def kernel_of(self, loop: Loop, stored: list[fx.Node]) -> Any:
+    def kernel_of(self, loop: Loop, stored: list[fx.Node], spent: list[fx.Node]) -> Any:
         """The machine code of a loop, None where there is none."""
-        return None if self.kernels is None else self.kernels(self.step, loop, stored)
+        return None if self.kernels is None else self.kernels(self.step, loop, stored, spent)
 
     # -- results ------------------------------------------------------------------------------------------------
 

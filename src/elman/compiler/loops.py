@@ -45,7 +45,7 @@ class LoopWriter:
         self.flat: dict[fx.Node, str] = {}  # what they are views of, where the loop is affine
         self.env: dict[fx.Node, str] = {}
         self.stored = self._stored()
-        self.kernel = writer.kernel_of(loop, list(self.stored))
+        self.kernel = writer.kernel_of(loop, list(self.stored), self._spent())
         self.affine = self.kernel is None and not writer.ragged and is_affine(writer.step, loop)
         self.parts_of_cat = self._parts_of_cat()
 
@@ -64,6 +64,18 @@ class LoopWriter:
             if node in real or i in self.w.wanted_before:
                 found[node] = None
         return {n: None for n in found if n in self.inside and isinstance(n.meta["val"], Tensor)}
+
+    def _spent(self) -> list[fx.Node]:
+        """Values over all steps that this loop alone reads: a kernel may write what it stores where they stand."""
+        outside = {n: None for node in self.loop.nodes for n in node.all_input_nodes if n not in self.inside}
+        kept = set(self.step.outputs())
+        wide = {n for n, i in self.next.items() if i in self.w.wanted_before}
+        return [
+            n
+            for n in outside
+            if n.op == "call_function" and is_varying(n) and out_variant(n) and rows_of_node(n) == (0, 1)
+            and n not in kept and n not in wide and all(user in self.inside for user in n.users)
+        ]  # fmt: skip
 
     def _parts_of_cat(self) -> dict[fx.Node, tuple[fx.Node, int, int]]:
         """Values that can be written straight into their place in a concatenation: node -> (cat, offset, size)."""
@@ -125,11 +137,17 @@ class LoopWriter:
         w, carried = self.w, {self.step.state[i]: i for i in self.loop.carried}
         self.buffers = {}
         for node in self.stored:
-            self._store(node)
+            if node not in self.kernel.placed:
+                self._store(node)
         for state, i in carried.items():
             w.finals[i] = self.env[state] = w.fresh(f"{state.name}_now")
             w.line(f"{self.env[state]} = {w.fixed[state]}.clone(memory_format=torch.contiguous_format)")
         inputs = [self.env[n] if n in carried else self._rows_first(n) for n in self.kernel.outside]
+        for node, (source, first, count) in self.kernel.placed.items():
+            shape = ", ".join(str(int(n)) for n in node.meta["val"].shape[1:])
+            w.room[node] = name = w.fresh(f"{node.name}_all")
+            w.line(f"{name} = {w.flat[source]}.flatten(1).narrow(1, {first}, {count}).unflatten(1, ({shape},))")
+            self.buffers[node] = name
         outputs = [w.room[node] for node in self.stored]
         name = w.names.of(self.kernel, "kernel")
         w.line(f"{name}(rows, reverse, [{', '.join(inputs)}], [{', '.join(outputs)}])")

@@ -20,6 +20,7 @@ from .body import body_of
 from .entry import BARRIER_BYTES
 from .generate import WORDS, generate
 from .isa import Isa, chosen
+from .inplace import Placed, place
 from .lower import Buffer, Lowered, Map, Product, lower
 
 __all__ = ["Kernel", "compile_loop"]
@@ -33,10 +34,13 @@ _FEW = 4  # rows of a thread below which sharing the units is better
 
 
 class Kernel:
-    """A compiled loop. ``outside`` are the nodes it reads, in the order of the tensors it is called with."""
+    """A compiled loop. ``outside`` are the nodes it reads, in the order of the tensors it is called with.
 
-    def __init__(self, lowered: Lowered, outside: list[fx.Node], isa: Isa) -> None:
-        self.lowered, self.outside, self.isa = lowered, outside, isa
+    ``placed`` says which of the values that it stores stand in place of an input, in which columns.
+    """
+
+    def __init__(self, lowered: Lowered, outside: list[fx.Node], placed: Placed, isa: Isa) -> None:
+        self.lowered, self.outside, self.placed, self.isa = lowered, outside, placed, isa
         self.made = generate(lowered, isa)
         self.library = engine.load(self.made.module, isa, cache_directory())
         self.address = self.library.address("loop")
@@ -64,9 +68,9 @@ class Kernel:
         words = [0, 0, rows.steps, rows.batch, int(reverse), 0, 0, _aligned(BARRIER_BYTES, held, zero=True), int(units)]
         if not rows.uniform:
             sizes = (torch.tensor(values, dtype=torch.int64) for values in (rows.batch_sizes, rows.offsets))
-            for place, layout in zip((5, 6), sizes, strict=True):
+            for word, layout in zip((5, 6), sizes, strict=True):
                 held.append(layout)
-                words[place] = layout.data_ptr()
+                words[word] = layout.data_ptr()
         scratch = iter(self._scratch(rows.batch, held))
         for buffer in self.lowered.buffers:
             if buffer.role == "scratch":
@@ -103,7 +107,7 @@ class Kernel:
             return [tensor.data_ptr(), 0]
         if not tensor.is_contiguous() and (tensor.dim() == 0 or not _neighbours(tensor)):
             if buffer.role != "input":
-                raise AssertionError(f"{buffer.name} is written to and must be contiguous")
+                raise AssertionError(f"{buffer.name} is written to and must have its numbers side by side")
             tensor = tensor.contiguous()
         held.append(tensor)
         self._check(tensor, buffer, rows.total if buffer.kind == "time" else rows.batch)
@@ -133,8 +137,10 @@ class Kernel:
         return places
 
 
-def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node]) -> Kernel:
+def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Sequence[fx.Node]) -> Kernel:
     """The kernel of a loop that writes the values of the nodes ``stored`` for every row and step.
+
+    It may write them in place of values ``spent`` that nobody else reads.
 
     Raises UnsupportedError where the loop, or this machine, has no machine code.
     """
@@ -155,7 +161,9 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node]) -> Kernel:
             raise UnsupportedError("a state that nothing reads")
     carried = {step.state[i] for i in loop.carried}
     varying = {n for n in body.outside if is_varying(n) and n not in carried}
-    return Kernel(lower(body, states, list(stored), varying), body.outside, isa)
+    lowered = lower(body, states, list(stored), varying)
+    placed = place(lowered, {body.outside.index(n): n for n in spent}, list(stored))
+    return Kernel(lowered, body.outside, placed, isa)
 
 
 def _weight(product: Product, inputs: Sequence[Tensor]) -> Tensor:

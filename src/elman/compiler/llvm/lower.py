@@ -22,7 +22,7 @@ from ..step import arguments, batch_multiple, location
 from . import pointwise
 from .body import Body
 
-__all__ = ["Access", "Buffer", "Chosen", "Contract", "Item", "Lowered", "Map", "Op", "Product", "lower", "reads_of"]
+__all__ = ["Access", "Buffer", "Chosen", "Contract", "Item", "Lowered", "Map", "Op", "Product", "buffers_of", "lower", "reads_of"]
 
 Kind = Literal["time", "batch", "shared"]
 
@@ -43,7 +43,7 @@ class Buffer:
     kind: Kind
     dtype: torch.dtype
     row: int
-    role: str = "scratch"  # or input, state, output
+    role: str = "scratch"  # or input, spent (an input that is overwritten), state, output
     number: int = 0  # which of its role
 
 
@@ -264,7 +264,7 @@ class _Lowering:
         return Lowered(self.items, [b for b in self.buffers if self._used(b)])
 
     def _used(self, buffer: Buffer) -> bool:
-        return buffer.role != "scratch" or any(buffer in _buffers(item) for item in self.items)
+        return buffer.role != "scratch" or any(buffer in buffers_of(item) for item in self.items)
 
     def _constant(self, node: fx.Node) -> None:
         value = getattr(self.body.root, str(node.target))
@@ -731,7 +731,7 @@ class _Lowering:
             return False
         product, later = self.items[made], self.items[made + 1 :]
         assert isinstance(product, Product)
-        if product.left.buffer is state or any({state, value.buffer} & _buffers(item) for item in later):
+        if product.left.buffer is state or any({state, value.buffer} & buffers_of(item) for item in later):
             return False
         product.out = Access(state, 0, product.out.strides)
         value.buffer = state
@@ -740,7 +740,7 @@ class _Lowering:
     def _free(self, buffer: Buffer, index: int) -> bool:
         """Whether a state may be overwritten by a map: nothing reads it later, nor elsewhere in the same row."""
         for later in self.items[index + 1 :]:
-            if buffer in _buffers(later):
+            if buffer in buffers_of(later):
                 return False
         item = self.items[index]
         assert isinstance(item, Map)
@@ -782,7 +782,8 @@ def _integers(args: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in (first if isinstance(first, (list, tuple)) else args))
 
 
-def _buffers(item: Item) -> set[Buffer]:
+def buffers_of(item: Item) -> set[Buffer]:
+    """All memory that an item reads or writes."""
     if isinstance(item, Map):
         reads = {a.buffer for a in reads_of(item)}
         return reads | {a.buffer for _, a in item.stores} | {a.buffer for _, _, a in item.reductions}

@@ -284,8 +284,15 @@ def silu_backward(g: Lanes, x: Lanes) -> Lanes:
     return g * s * (1 + x * (1 - s))
 
 
+def _tanh_softplus(x: Lanes) -> Lanes:
+    """tanh(log(1 + eˣ)) = n / (n + 2) with n = eˣ (eˣ + 2); from x = 20 on it is 1."""
+    w = exp((x > 20).where(20, x))
+    n = w * (w + 2)
+    return n / (n + 2)
+
+
 def mish_backward(g: Lanes, x: Lanes) -> Lanes:
-    t = tanh(log1p_exp(x))
+    t = _tanh_softplus(x)
     return g * (t + x * sigmoid(x) * (1 - t * t))
 
 
@@ -403,7 +410,7 @@ OPERATIONS: dict[str, Rule] = {
     "log_sigmoid_backward": lambda g, x, buffer: g * sigmoid(-x),
     "maximum": maximum,
     "minimum": minimum,
-    "mish": lambda x: x * tanh(log1p_exp(x)),
+    "mish": lambda x: x * _tanh_softplus(x),
     "mish_backward": mish_backward,
     "mul": lambda x, y: x * y,
     "neg": lambda x: -x,

@@ -1,0 +1,84 @@
+"""Times of several calls that take turns, and the peak of this machine that they are held against."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["alternate", "gemm_peak", "milliseconds", "significant", "summary", "threads"]
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """How long one call takes."""
+    begun = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begun)
+
+
+def alternate(
+    calls: Mapping[Key, Callable[[], float | None]], seconds: float, least: int = 3, most: int = 15, warm: int = 1
+) -> dict[Key, list[float]]:
+    """Milliseconds of every call, which take turns, so that a slow moment of the machine hits all of them.
+
+    As many turns as take about ``seconds``, within ``least`` and ``most``, after ``warm`` that do not count. A call
+    that gives a number measures itself: that number is its time.
+    """
+    for _ in range(warm):
+        for call in calls.values():
+            call()
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    begun, done = time.perf_counter(), 0
+    while done < least or (done < most and (time.perf_counter() - begun) * (1 + 1 / done) < seconds):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            own = call()
+            times[key].append(1e3 * (time.perf_counter() - start) if own is None else own)
+        done += 1
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """What is kept of a list of times."""
+    return {
+        "min": significant(min(times)),
+        "median": significant(statistics.median(times)),
+        "turns": len(times),
+    }
+
+
+def significant(value: float, digits: int = 4) -> float:
+    """Value with so many digits that count."""
+    return float(f"{value:.{digits}g}")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def gemm_peak(counts: tuple[int, ...], turns: int = 9, size: int = 2048) -> dict[str, dict[str, float]]:
+    """GFLOP/s of a square matrix product in float32 by number of threads: torch.mm and, where there is one, oneDNN's."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    ways: dict[str, Callable[[], Any]] = {"torch.mm": lambda: torch.mm(a, b)}
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
+        ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+    found = {}
+    for count in counts:
+        with threads(count):
+            times = alternate({way: lambda call=call: milliseconds(call) for way, call in ways.items()}, 2.0, turns, turns)  # type: ignore[misc]
+        found[str(count)] = {way: significant(2 * size**3 / min(each) / 1e6) for way, each in times.items()}
+    return found
