@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # No deadline: the first example of many tests compiles something.
 settings.register_profile("elman", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("elman")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _machine_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Equal loops are compiled once for all tests, in every worker, and nothing of it outlives them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose own folder lies in one for all of them
+        shared = shared.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELMAN_CACHE", str(shared / "cache"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["D", "Row", "numbers"]
+__all__ = ["FAST", "D", "Row", "numbers"]
 
 D = 3
 """Features of the input of every cell in the table."""
+FAST = ("interpret", "llvm")
+"""The backends that compile a step."""
 
 
 def numbers(*shape: int) -> Tensor:
@@ -28,11 +30,11 @@ def _plain(steps: int, batch: int) -> tuple[Any, Any]:
 class Row:
     """``make()`` gives the cell, seeded beforehand; ``example(T, B)`` gives xs, (T, B, …), and constants, (B, …).
 
-    ``loops`` is how many loops the compiler must find, where that is part of the promise; ``backend`` "reference" is
-    for what cannot be compiled, and says so.
+    ``loops`` is how many loops the compiler must find, where that is part of the promise; ``backends`` are those that
+    run it, besides "reference": a row that says less than all says why.
     """
 
     make: Callable[[], nn.Module]
     example: Callable[[int, int], tuple[Any, Any]] = _plain
     loops: int | None = None
-    backend: str = "interpret"
+    backends: tuple[str, ...] = FAST

@@ -74,17 +74,26 @@ class Jax:
 def jax_beside(threads: int) -> Iterator[Jax]:
     """JAX on so many threads. Raises NoJax where there is none to be had."""
     python = _environment()
-    options = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} intra_op_parallelism_threads={threads}"
+    options = (
+        f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} intra_op_parallelism_threads={threads}"
+    )
     environment = os.environ | {"XLA_FLAGS": options, "JAX_PLATFORMS": "cpu", "NPROC": str(threads)}
     command = [str(python), "-I", str(Path(__file__).with_name("jax_scan.py"))]
-    with tempfile.TemporaryDirectory() as folder:
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-        ) as process:
-            try:
-                yield Jax(process, Path(folder))
-            finally:
-                process.kill()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
+        try:
+            yield Jax(process, Path(folder))
+        finally:
+            process.kill()
 
 
 def _environment() -> Path:

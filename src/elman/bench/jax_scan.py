@@ -55,7 +55,12 @@ def _gru(jnp: Any, sigmoid: Any, w: Any, a: Any, state: Any) -> Any:
     return ((1 - u) * n + u * h,)
 
 
-STEPS = {"LSTM": (_lstm, 2), "peephole LSTM": (_peephole_lstm, 2), "layer-norm LSTM": (_layer_norm_lstm, 2), "GRU": (_gru, 1)}
+STEPS = {
+    "LSTM": (_lstm, 2),
+    "peephole LSTM": (_peephole_lstm, 2),
+    "layer-norm LSTM": (_layer_norm_lstm, 2),
+    "GRU": (_gru, 1),
+}
 """The step of a cell, and how many states it has."""
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -70,7 +71,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def gemm_peak(counts: tuple[int, ...], turns: int = 9, size: int = 2048) -> dict[str, dict[str, float]]:
-    """GFLOP/s of a square matrix product in float32 by number of threads: torch.mm and, where there is one, oneDNN's."""
+    """GFLOP/s of a square matrix product in float32 by number of threads: torch.mm and, where it is, oneDNN."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     ways: dict[str, Callable[[], Any]] = {"torch.mm": lambda: torch.mm(a, b)}
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -79,6 +80,6 @@ def gemm_peak(counts: tuple[int, ...], turns: int = 9, size: int = 2048) -> dict
     found = {}
     for count in counts:
         with threads(count):
-            times = alternate({way: lambda call=call: milliseconds(call) for way, call in ways.items()}, 2.0, turns, turns)  # type: ignore[misc]
+            times = alternate({way: partial(milliseconds, call) for way, call in ways.items()}, 2.0, turns, turns)
         found[str(count)] = {way: significant(2 * size**3 / min(each) / 1e6) for way, each in times.items()}
     return found

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import draw, look, train, use
+from . import bench, draw, look, train, use
 
 __all__ = ["app"]
 
@@ -62,3 +62,4 @@ app.command("cells")(look.cells)
 app.command("explain")(look.explain)
 app.command("draw")(draw.draw)
 app.command("doctor")(look.doctor)
+app.command("bench")(bench.bench)

@@ -130,7 +130,6 @@ def micro_kernel(module: ir.Module, isa: Isa, kind: ir.Type, rows: int, vectors:
     whole = vector(kind, lanes)
     mask = lanes_below(tail, lanes) if tail else None
     factors = _rows(b, left, left_stride, rows)
-    places = [[at(b, row, v * isa.bytes) for v in range(vectors)] for row in _rows(b, source, source_stride, rows)]
 
     def step(k: ir.Value, sums: Sequence[ir.Value], further: int = 0) -> list[ir.Value]:
         here = at(b, weights, b.mul(k, I64(vectors * isa.bytes)))
@@ -145,15 +144,22 @@ def micro_kernel(module: ir.Module, isa: Isa, kind: ir.Type, rows: int, vectors:
     def steps(k: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
         return [value for u in range(apart) for value in step(k, sums[u * size : (u + 1) * size], u)]
 
-    sums = [_read(b, place, whole, mask if v == vectors - 1 else None) for row in places for v, place in enumerate(row)]
+    for row in _rows(b, source, source_stride, rows):  # what is added at the end is on its way while the sums are made
+        for v in range(vectors):
+            hint = [at(b, row, v * isa.bytes), *(I32(value) for value in (0, 3, 1))]  # to read, to keep near, data
+            intrinsic(b, "llvm.prefetch.p0", VOID, hint)
+    sums = [constant(whole, 0)] * size
     whole_steps = b.sub(count, b.urem(count, I64(apart)))
     many = folded(b, (0, whole_steps, apart), sums + [constant(whole, 0)] * (size * (apart - 1)), steps)
     sums = _together(b, [many[u * size : (u + 1) * size] for u in range(apart)])
     if apart > 1:
         sums = folded(b, (whole_steps, count, 1), sums, step)
-    for r, row in enumerate(_rows(b, out, out_stride, rows)):
+    ends = zip(_rows(b, out, out_stride, rows), _rows(b, source, source_stride, rows), strict=True)
+    for r, (row, begun) in enumerate(ends):
         for v in range(vectors):
-            _write(b, sums[r * vectors + v], at(b, row, v * isa.bytes), mask if v == vectors - 1 else None)
+            edge = mask if v == vectors - 1 else None
+            total = b.fadd(_read(b, at(b, begun, v * isa.bytes), whole, edge), sums[r * vectors + v])
+            _write(b, total, at(b, row, v * isa.bytes), edge)
     b.ret_void()
     return made
 
