@@ -13,6 +13,7 @@ import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from ..errors import (
 from .draws import draws_become_inputs
 from .step import Leaf, Step, arguments, batch_multiple, fake, location, user_line
 
-__all__ = ["decompositions", "functional", "perturb", "trace"]
+__all__ = ["core_decompositions", "decompositions", "functional", "perturb", "trace"]
 
 aten = torch.ops.aten
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069)
@@ -76,9 +77,15 @@ _TAKEN_APART = (
 )
 
 
+@lru_cache(maxsize=1)
+def core_decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's core ATen decompositions; collecting them takes as long as a trace."""
+    return dict(core_aten_decompositions())
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's core ATen decompositions, less the fused forms that backends keep whole."""
-    table = dict(core_aten_decompositions())
+    table = dict(core_decompositions())
     for op in _KEPT_WHOLE:
         table.pop(op, None)
     table.update(get_decompositions(_TAKEN_APART))

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions, decomposition_table
+from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..step import Step, arguments, explained
+from ..trace import core_decompositions
 
 __all__ = ["Body", "body_of"]
 
@@ -74,7 +75,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
         aten.softplus.default,
     }
     more = [aten.hardtanh.default, aten.elu.default, aten.leaky_relu.default, aten.linalg_vector_norm.default]
-    table = {**core_aten_decompositions(), **{op: decomposition_table[op] for op in more if op in decomposition_table}}
+    table = {**core_decompositions(), **{op: decomposition_table[op] for op in more if op in decomposition_table}}
     table |= {
         aten.native_layer_norm.default: _layer_norm,
         aten._softmax.default: _softmax,

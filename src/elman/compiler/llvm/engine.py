@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ...errors import UnsupportedError
 from . import store
 from .isa import Isa, host
 
-__all__ = ["CodeError", "Library", "assembly", "load", "optimised"]
+__all__ = ["CodeError", "Library", "assembly", "generator", "load", "optimised"]
 
 # The generator writes vectors, tiles and loops as they are to run. LLVM's own levels 1 to 3 take twice as long as these
 # few passes, nearly all of it in looking for more, and the code is as fast to the percent.
@@ -48,8 +48,8 @@ class Library:
     ``cached`` says that the code came from disk.
     """
 
-    def __init__(self, source: str, isa: Isa, linked: llvm.ResourceTracker, cached: bool) -> None:
-        self.source = source
+    def __init__(self, source: Callable[[], str], isa: Isa, linked: llvm.ResourceTracker, cached: bool) -> None:
+        self._source = source
         self.isa = isa
         self.cached = cached
         self._linked = linked
@@ -57,6 +57,11 @@ class Library:
     def address(self, name: str) -> int:
         """Where a function of the module begins; KeyError for one that it does not define for others."""
         return int(self._linked[name])
+
+    @property
+    def source(self) -> str:
+        """The representation as it was generated."""
+        return self._source()
 
     def ir(self) -> str:
         """The representation after optimisation."""
@@ -68,29 +73,37 @@ class Library:
 
 
 def load(
-    module: ir.Module | str, isa: Isa, directory: Path | None = None, symbols: Mapping[str, int] | None = None
+    module: ir.Module | str | Callable[[], ir.Module],
+    isa: Isa,
+    directory: Path | None = None,
+    symbols: Mapping[str, int] | None = None,
+    *,
+    description: str = "",
+    functions: Sequence[str] = (),
 ) -> Library:
     """Make the functions of a module callable; compiled anew, or read from ``directory`` where they were made before.
 
-    ``symbols`` are the addresses of functions that it calls; others are looked for in this process.
+    ``symbols`` are the addresses of functions that it calls; others are looked for in this process. A module may also
+    be given by a function that writes it, with a ``description`` that says all it depends on and the ``functions`` it
+    defines for others: then what is read is not written first.
 
     Raises CodeError, an UnsupportedError, where LLVM does not accept the module or a function that it calls is not
     there.
     """
-    source = str(module)
-    key = store.key_of(source, *_conditions(isa)) if directory else ""
+    write = lru_cache(maxsize=1)(lambda: str(module() if callable(module) else module))
+    key = store.key_of(description or write(), *_conditions(isa)) if directory else ""
     with _lock:
         kept = store.read(directory, key) if directory else None
         if kept is not None:
             try:
-                return Library(source, isa, _linked(kept, source, symbols), True)
+                return Library(write, isa, _linked(kept, write, functions, symbols), True)
             except CodeError:  # made by a process that had other libraries to link with
                 pass
         try:
-            code = _machine(isa).emit_object(_optimised(source, isa))
+            code = _machine(isa).emit_object(_optimised(write(), isa))
         except RuntimeError as error:
-            raise _refusal(error, source) from None
-        library = Library(source, isa, _linked(code, source, symbols), False)
+            raise _refusal(error, write()) from None
+        library = Library(write, isa, _linked(code, write, functions, symbols), False)
         if directory:
             store.write(directory, key, code)
     return library
@@ -107,6 +120,13 @@ def assembly(module: ir.Module | str, isa: Isa) -> str:
     source = str(module)
     with _lock:
         return str(_machine(isa).emit_assembly(_optimised(source, isa)))
+
+
+@lru_cache(maxsize=1)
+def generator() -> str:
+    """A digest of the files that write representations: part of what a description has to say."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return store.key_of(*(file.read_text(encoding="utf-8") for file in files))
 
 
 def _conditions(isa: Isa) -> tuple[str, ...]:
@@ -160,17 +180,19 @@ def _optimised(source: str, isa: Isa) -> llvm.ModuleRef:
     return module
 
 
-def _linked(code: bytes, source: str, symbols: Mapping[str, int] | None) -> llvm.ResourceTracker:
+def _linked(
+    code: bytes, source: Callable[[], str], functions: Sequence[str], symbols: Mapping[str, int] | None
+) -> llvm.ResourceTracker:
     """The object in memory, its functions found."""
     builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     for name, address in (symbols or {}).items():
         builder.import_symbol(name, address)
-    for name in _defined(source):
+    for name in functions or _defined(source()):
         builder.export_symbol(name)
     try:
         return builder.link(_linker(), f"elman.{next(_number)}")
     except RuntimeError as error:
-        raise _refusal(error, source) from None
+        raise _refusal(error, source()) from None
 
 
 def _defined(source: str) -> list[str]:

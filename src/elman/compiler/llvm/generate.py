@@ -47,7 +47,7 @@ from .isa import Isa
 from .lower import Access, Buffer, Chosen, Contract, Item, Lowered, Map, Op, Product, reads_of
 from .product import pack, packed_bytes, panels, product
 
-__all__ = ["WORDS", "Generated", "generate"]
+__all__ = ["WORDS", "Layout", "generate", "layout"]
 
 WORDS = ("first", "last", "steps", "batch", "reverse", "sizes", "offsets", "barrier", "units")
 """What the words of the arguments are; after them two for each buffer, its address and the bytes from row to row, and
@@ -59,19 +59,28 @@ _ROWS_TOGETHER = 8  # rows that pass through neighbouring maps at a time, so tha
 
 
 @dataclass
-class Generated:
-    """A module with ``loop``, and for every product ``pack0``, ``pack1``, …; ``packed`` are their bytes."""
+class Layout:
+    """What a kernel's memory looks like: for every product its weight's packed bytes, and the functions that it has."""
 
-    module: ir.Module
-    lowered: Lowered
     products: list[Product]
     packed: list[int]
-    panels: list[int]
+    functions: list[str]
 
 
-def generate(lowered: Lowered, isa: Isa) -> Generated:
+def layout(lowered: Lowered, isa: Isa) -> Layout:
+    """How a loop's code is called: ``loop`` and, for every product, ``pack0``, ``pack1``, …"""
+    products = [item for item in lowered.items if isinstance(item, Product)]
+    packed = [_chunk_bytes(item, isa) * (item.n // item.chunk) for item in products]
+    return Layout(products, packed, ["loop", *(f"pack{i}" for i in range(len(products)))])
+
+
+def generate(lowered: Lowered, isa: Isa) -> ir.Module:
     """Write the module of a loop."""
     return _Generator(lowered, isa).run()
+
+
+def _chunk_bytes(item: Product, isa: Isa) -> int:
+    return packed_bytes(item.k, item.chunk, isa, KINDS[item.out.buffer.dtype])
 
 
 class _Generator:
@@ -82,17 +91,13 @@ class _Generator:
         self.word = {buffer: len(WORDS) + 2 * i for i, buffer in enumerate(lowered.buffers)}
         self.packed_at = len(WORDS) + 2 * len(lowered.buffers)
 
-    def run(self) -> Generated:
+    def run(self) -> ir.Module:
         functions = [self._item(i, item) for i, item in enumerate(self.lowered.items)]
         exported(self._loop(functions), "loop", self.isa)
-        packed, counts = [], []
         for i, item in enumerate(self.products):
-            kind = KINDS[item.out.buffer.dtype]
-            made = pack(self.module, self.isa, kind, item.k, item.chunk)
-            self._exported_pack(f"pack{i}", made, item, packed_bytes(item.k, item.chunk, self.isa, kind))
-            packed.append(packed_bytes(item.k, item.chunk, self.isa, kind) * (item.n // item.chunk))
-            counts.append(len(panels(item.chunk, self.isa, kind)))
-        return Generated(self.module, self.lowered, self.products, packed, counts)
+            made = pack(self.module, self.isa, KINDS[item.out.buffer.dtype], item.k, item.chunk)
+            self._exported_pack(f"pack{i}", made, item, _chunk_bytes(item, self.isa))
+        return self.module
 
     def _exported_pack(self, name: str, made: ir.Function, item: Product, size: int) -> None:
         """``void(ptr words, i64 thread, i64 threads)``: words are packed, weight, stride of K, stride of columns."""
@@ -218,7 +223,7 @@ class _Generator:
         start, end = _share(b, constant(I64, len(panels(item.chunk, self.isa, kind))), part, parts)
         out, left = (self.row(b, words, a, offset, first) for a in (item.out, item.left))
         init = self.row(b, words, item.init, offset, first) if item.init else self._zeros(b, item)
-        bytes_of = packed_bytes(item.k, item.chunk, self.isa, kind)
+        bytes_of = _chunk_bytes(item, self.isa)
         rows = b.sub(last, first)
         for time in range(item.times):
             for chunk in range(item.n // item.chunk):

@@ -18,7 +18,7 @@ from ..step import Step
 from . import engine, threads
 from .body import body_of
 from .entry import BARRIER_BYTES
-from .generate import WORDS, generate
+from .generate import generate, layout
 from .isa import Isa, chosen
 from .inplace import Placed, place
 from .lower import Buffer, Lowered, Map, Product, lower
@@ -41,17 +41,22 @@ class Kernel:
 
     def __init__(self, lowered: Lowered, outside: list[fx.Node], placed: Placed, isa: Isa) -> None:
         self.lowered, self.outside, self.placed, self.isa = lowered, outside, placed, isa
-        self.made = generate(lowered, isa)
-        self.library = engine.load(self.made.module, isa, cache_directory())
-        self.address = self.library.address("loop")
-        self.packs = [self.library.address(f"pack{i}") for i in range(len(self.made.products))]
-        self.products = self.made.products
+        self.layout = layout(lowered, isa)
+        self.library = engine.load(
+            lambda: generate(lowered, isa),
+            isa,
+            cache_directory(),
+            description=f"{engine.generator()} {isa} {lowered}",
+            functions=self.layout.functions,
+        )
+        self.address, *self.packs = map(self.library.address, self.layout.functions)
+        self.products = self.layout.products
         self.scratch = [b for b in lowered.buffers if b.role == "scratch"]
         maps = [item for item in lowered.items if isinstance(item, Map)]
         self.flops = sum(2 * p.k * p.n * p.times for p in self.products) + sum(
             10 * len(m.ops) * _numbers(m.shape) for m in maps
         )
-        self.weight_bytes = sum(self.made.packed)
+        self.weight_bytes = sum(self.layout.packed)
 
     def __call__(self, rows: Rows, reverse: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Run all steps. ``inputs`` are (N, …), (B, …) or the same for all; those of the states are overwritten.
@@ -124,7 +129,7 @@ class Kernel:
     def _packed(self, inputs: Sequence[Tensor], count: int, held: list[Tensor]) -> list[int]:
         """Lay out the weights of the products. Returns where."""
         places = []
-        for product, address, size in zip(self.products, self.packs, self.made.packed, strict=True):
+        for product, address, size in zip(self.products, self.packs, self.layout.packed, strict=True):
             weight = _weight(product, inputs)
             held.append(weight)
             if weight.shape != (product.k, product.n) or weight.dtype != product.out.buffer.dtype:

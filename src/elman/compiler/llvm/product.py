@@ -6,13 +6,15 @@ K is cut into blocks so that the block of a panel stays in the first-level cache
 
     for panel:  for block of K:  for block of rows:  out[rows, panel] (+)= left[rows, block] W[block, panel]
 
-The blocking is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34 (2008),
-with the packing of ``left`` left out: a recurrent step has too few rows to pay for it.
+The blocking is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34 (2008).
+``left`` need not be packed: a recurrent step has too few rows to pay for it. For a product of many rows there is
+``pack_left``. Every function is made for one shape, or, given no shape, for all: k and columns are arguments then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from llvmlite import ir
 
@@ -39,7 +41,7 @@ from .code import (
 )
 from .isa import Isa
 
-__all__ = ["micro_kernel", "pack", "packed_bytes", "panels", "product"]
+__all__ = ["depth_of", "micro_kernel", "pack", "pack_left", "packed_bytes", "panel_count", "panels", "product"]
 
 _CACHE = 24 * 1024
 """Bytes of a panel's block: half of a usual first-level cache, the rest is for the rows."""
@@ -49,6 +51,12 @@ _SUMS = 12
 
 _SQUARE = 8
 """Largest side of the squares that are transposed in registers while packing."""
+
+_CHUNK = 32
+"""Rows of a matrix that are packed for all tiles before the next: as many as a cache takes whatever lies between."""
+
+_ANY = -1
+"""The tail of a micro-kernel that is told how many lanes there are."""
 
 
 def panels(columns: int, isa: Isa, kind: ir.Type) -> list[int]:
@@ -64,7 +72,19 @@ def packed_bytes(k: int, columns: int, isa: Isa, kind: ir.Type) -> int:
     return k * isa.bytes * sum(panels(columns, isa, kind))
 
 
-def product(module: ir.Module, isa: Isa, kind: ir.Type, k: int, columns: int) -> ir.Function:
+def panel_count(b: ir.IRBuilder, isa: Isa, kind: ir.Type, columns: ir.Value) -> ir.Value:
+    """How many panels so many columns have, where that is known only when it runs."""
+    return _any_columns(b, isa, kind, columns).count
+
+
+def depth_of(isa: Isa) -> int:
+    """The most rows of a panel that are one block."""
+    return _CACHE // (isa.tile[1] * isa.bytes)
+
+
+def product(
+    module: ir.Module, isa: Isa, kind: ir.Type, k: int | None = None, columns: int | None = None
+) -> ir.Function:
     """The function that computes out = init + left W for the panels of a weight (k, columns) from first to below last.
 
         void(ptr out, i64 out_stride, ptr init, i64 init_stride, ptr left, i64 left_stride, ptr packed,
@@ -73,68 +93,89 @@ def product(module: ir.Module, isa: Isa, kind: ir.Type, k: int, columns: int) ->
     Strides are bytes from row to row. ``init`` may be ``out`` itself, or one row with stride 0. Nothing outside the
     rows and the columns of the panels is read or written. The order of a sum depends on the shape of its tile and on
     nothing else, so a result does not depend on how panels are shared between threads.
+
+    Without a shape there are four arguments more:
+
+        i64 left_step, i64 tile_stride, i64 k, i64 columns
+
+    ``left_step`` are the bytes from k to k. ``tile_stride`` is 0, or the bytes from tile to tile of a ``left`` that
+    ``pack_left`` made.
     """
-    name = f"product.{suffix(kind)}.{k}x{columns}"
-    made = _internal(module, name, [PTR, I64, PTR, I64, PTR, I64, PTR, I64, I64, I64])
+    general = k is None or columns is None
+    name = f"product.{suffix(kind)}" + ("" if general else f".{k}x{columns}")
+    made = _internal(module, name, [PTR, I64, PTR, I64, PTR, I64, PTR, I64, I64, I64] + [I64] * 4 * general)
     if made.blocks:
         return made
-    out, out_stride, init, init_stride, left, left_stride, packed, rows, first_panel, last_panel = made.args
+    out, out_stride, init, init_stride, left, left_stride, packed, rows, first_panel, last_panel, *more = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
-    tile_rows = isa.tile[0]
-    blocks = b.udiv(b.add(rows, I64(tile_rows - 1)), I64(tile_rows))
-    each = b.udiv(rows, intrinsic(b, "llvm.umax.i64", I64, [blocks, I64(1)]))
-    larger = b.sub(rows, b.mul(each, blocks))
-    depth = _depth(k, isa, panels(columns, isa, kind)[0])
+    element = I64(isa.bytes // _lanes(isa, kind))
+    if general:
+        left_step, tile_stride, length, width_of_all = more
+        split = _any_columns(b, isa, kind, width_of_all)
+        depth = _any_depth(b, length, isa)
+    else:
+        left_step, tile_stride, length = element, I64(0), I64(k)
+        split = _columns(columns, isa, kind)
+        depth = I64(_depth(k, isa, panels(columns, isa, kind)[0]))
+    blocks, each, larger = _even(b, rows, isa)
     with counted(b, first_panel, last_panel, name="panel") as panel:
-        start, width = _place(b, panel, panels(columns, isa, kind))
-        weights = at(b, packed, b.mul(start, I64(k * isa.bytes)))
+        start, width = split.place(b, panel)
+        weights = at(b, packed, b.mul(start, b.mul(length, I64(isa.bytes))))
         column = b.mul(start, I64(isa.bytes))
         target = at(b, out, column)
-        with counted(b, 0, k, depth, name="depth") as done:
-            count = intrinsic(b, "llvm.smin.i64", I64, [I64(depth), b.sub(I64(k), done)])
+        with counted(b, 0, length, depth, name="depth") as done:
+            count = intrinsic(b, "llvm.smin.i64", I64, [depth, b.sub(length, done)])
             new = b.icmp_signed("==", done, I64(0))
             source = b.select(new, at(b, init, column), target)
             source_stride = b.select(new, init_stride, out_stride)
-            factors = at(b, left, b.mul(done, I64(isa.bytes // _lanes(isa, kind))))
+            factors = at(b, left, b.mul(done, left_step))
             block_weights = at(b, weights, b.mul(b.mul(done, width), I64(isa.bytes)))
             with counted(b, 0, blocks, name="rows") as block:
-                row = b.add(b.mul(block, each), intrinsic(b, "llvm.smin.i64", I64, [block, larger]))
-                height = b.add(each, b.zext(b.icmp_signed("<", block, larger), I64))
+                row, height = _tile(b, block, each, larger)
+                begin = b.mul(row, left_stride)
+                if general:
+                    packed_left = b.icmp_signed("!=", tile_stride, I64(0))
+                    begin = b.select(packed_left, b.mul(block, tile_stride), begin)
                 arguments = [
                     at(b, target, b.mul(row, out_stride)), out_stride,
                     at(b, source, b.mul(row, source_stride)), source_stride,
-                    at(b, factors, b.mul(row, left_stride)), left_stride,
-                    block_weights, count,
+                    at(b, factors, begin), left_stride,
+                    block_weights, count, *([left_step, split.tail] if general else []),
                 ]  # fmt: skip
-                _call_by_shape(b, isa, kind, columns, panel, height, arguments)
+                _call_by_shape(b, isa, kind, split, panel, height, arguments)
     b.ret_void()
     return made
 
 
-def micro_kernel(module: ir.Module, isa: Isa, kind: ir.Type, rows: int, vectors: int, tail: int = 0) -> ir.Function:
+def micro_kernel(
+    module: ir.Module, isa: Isa, kind: ir.Type, rows: int, vectors: int, tail: int = 0, general: bool = False
+) -> ir.Function:
     """One tile: out[rows, vectors] = source + left[rows, count] weights[count, vectors], the sums in registers.
 
         void(ptr out, i64 out_stride, ptr source, i64 source_stride, ptr left, i64 left_stride, ptr weights, i64 count)
 
     Of the last vector of out and source only ``tail`` lanes exist, where it is not 0. Small tiles run several sums over
-    every few k and add them at the end, since one sum alone would wait for itself.
+    every few k and add them at the end, since one sum alone would wait for itself. A ``general`` one has two arguments
+    more: the bytes of ``left`` from k to k, and how many lanes exist, which counts where ``tail`` is negative.
     """
-    name = f"tile.{suffix(kind)}.{rows}x{vectors}" + (f".{tail}" if tail else "")
-    made = _internal(module, name, [PTR, I64, PTR, I64, PTR, I64, PTR, I64])
+    name = f"tile.{suffix(kind)}.{rows}x{vectors}" + (f".{tail}" if tail > 0 else ".any" if tail else "")
+    name += ".general" if general else ""
+    made = _internal(module, name, [PTR, I64, PTR, I64, PTR, I64, PTR, I64] + [I64] * 2 * general)
     if made.blocks:
         return made
-    out, out_stride, source, source_stride, left, left_stride, weights, count = made.args
+    out, out_stride, source, source_stride, left, left_stride, weights, count, *more = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
     lanes = _lanes(isa, kind)
-    element = isa.bytes // lanes
+    left_step = more[0] if general else I64(isa.bytes // lanes)
     whole = vector(kind, lanes)
-    mask = lanes_below(tail, lanes) if tail else None
+    mask = lanes_below(tail, lanes) if tail > 0 else _mask(b, more[1], lanes) if tail else None
     factors = _rows(b, left, left_stride, rows)
+    places = [[at(b, row, v * isa.bytes) for v in range(vectors)] for row in _rows(b, source, source_stride, rows)]
 
     def step(k: ir.Value, sums: Sequence[ir.Value], further: int = 0) -> list[ir.Value]:
         here = at(b, weights, b.mul(k, I64(vectors * isa.bytes)))
         w = [load(b, at(b, here, (further * vectors + v) * isa.bytes), whole, isa.bytes) for v in range(vectors)]
-        offset = b.mul(b.add(k, I64(further)), I64(element))
+        offset = b.mul(b.add(k, I64(further)), left_step)
         x = [splat(b, load(b, at(b, factor, offset), kind), lanes) for factor in factors]
         return [_multiply_add(b, x[i // vectors], w[i % vectors], value) for i, value in enumerate(sums)]
 
@@ -144,71 +185,100 @@ def micro_kernel(module: ir.Module, isa: Isa, kind: ir.Type, rows: int, vectors:
     def steps(k: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
         return [value for u in range(apart) for value in step(k, sums[u * size : (u + 1) * size], u)]
 
-    for row in _rows(b, source, source_stride, rows):  # what is added at the end is on its way while the sums are made
-        for v in range(vectors):
-            hint = [at(b, row, v * isa.bytes), *(I32(value) for value in (0, 3, 1))]  # to read, to keep near, data
-            intrinsic(b, "llvm.prefetch.p0", VOID, hint)
-    sums = [constant(whole, 0)] * size
+    sums = [_read(b, place, whole, mask if v == vectors - 1 else None) for row in places for v, place in enumerate(row)]
     whole_steps = b.sub(count, b.urem(count, I64(apart)))
     many = folded(b, (0, whole_steps, apart), sums + [constant(whole, 0)] * (size * (apart - 1)), steps)
     sums = _together(b, [many[u * size : (u + 1) * size] for u in range(apart)])
     if apart > 1:
         sums = folded(b, (whole_steps, count, 1), sums, step)
-    ends = zip(_rows(b, out, out_stride, rows), _rows(b, source, source_stride, rows), strict=True)
-    for r, (row, begun) in enumerate(ends):
+    for r, row in enumerate(_rows(b, out, out_stride, rows)):
         for v in range(vectors):
-            edge = mask if v == vectors - 1 else None
-            total = b.fadd(_read(b, at(b, begun, v * isa.bytes), whole, edge), sums[r * vectors + v])
-            _write(b, total, at(b, row, v * isa.bytes), edge)
+            _write(b, sums[r * vectors + v], at(b, row, v * isa.bytes), mask if v == vectors - 1 else None)
     b.ret_void()
     return made
 
 
-def pack(module: ir.Module, isa: Isa, kind: ir.Type, k: int, columns: int) -> ir.Function:
+def pack(module: ir.Module, isa: Isa, kind: ir.Type, k: int | None = None, columns: int | None = None) -> ir.Function:
     """The function that packs the panels of a weight (k, columns) from first to below last.
 
         void(ptr packed, ptr weight, i64 k_stride, i64 column_stride, i64 first_panel, i64 last_panel)
 
     The strides are bytes of any value; it is fast where one of them is the size of an element. ``packed`` has
-    ``packed_bytes`` bytes and is aligned to 64.
+    ``packed_bytes`` bytes and is aligned to 64. Without a shape, ``i64 k, i64 columns`` are two arguments more.
     """
-    made = _internal(module, f"pack.{suffix(kind)}.{k}x{columns}", [PTR, PTR, I64, I64, I64, I64])
+    general = k is None or columns is None
+    name = f"pack.{suffix(kind)}" + ("" if general else f".{k}x{columns}")
+    made = _internal(module, name, [PTR, PTR, I64, I64, I64, I64] + [I64] * 2 * general)
     if made.blocks:
         return made
-    packed, weight, k_stride, column_stride, first_panel, last_panel = made.args
+    packed, weight, k_stride, column_stride, first_panel, last_panel, *more = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
     lanes = _lanes(isa, kind)
+    if general:
+        length, width_of_all = more
+        split = _any_columns(b, isa, kind, width_of_all)
+    else:
+        length, width_of_all, split = I64(k), I64(columns), _columns(columns, isa, kind)
     with counted(b, first_panel, last_panel, name="panel") as panel:
-        start, width = _place(b, panel, panels(columns, isa, kind))
-        target = at(b, packed, b.mul(start, I64(k * isa.bytes)))
+        start, width = split.place(b, panel)
+        target = at(b, packed, b.mul(start, b.mul(length, I64(isa.bytes))))
         with counted(b, 0, width, name="strip") as strip:
             column = b.mul(b.add(start, strip), I64(lanes))
-            there = intrinsic(b, "llvm.smin.i64", I64, [I64(lanes), b.sub(I64(columns), column)])
+            there = intrinsic(b, "llvm.smin.i64", I64, [I64(lanes), b.sub(width_of_all, column)])
             step = b.mul(width, I64(isa.bytes))
             source = at(b, weight, b.mul(column, column_stride))
-            arguments = [at(b, target, b.mul(strip, I64(isa.bytes))), step, source, k_stride, column_stride, I64(k)]
-            b.call(_pack_strip(module, isa, kind), [*arguments, there])
+            arguments = [at(b, target, b.mul(strip, I64(isa.bytes))), step, source, k_stride, column_stride, length]
+            b.call(_pack_strip(module, isa, kind, lanes), [*arguments, there])
     b.ret_void()
     return made
 
 
-def _pack_strip(module: ir.Module, isa: Isa, kind: ir.Type) -> ir.Function:
-    """Pack the columns of one vector, ``there`` of which exist; the rows of the strip lie ``step`` bytes apart."""
-    made = _internal(module, f"pack.{suffix(kind)}.strip", [PTR, I64, PTR, I64, I64, I64, I64])
+def pack_left(module: ir.Module, isa: Isa, kind: ir.Type) -> ir.Function:
+    """The function that packs some rows of ``left``: of every tile its rows lie side by side, one k after the other.
+
+        void(ptr packed, i64 tile_stride, ptr left, i64 left_stride, i64 left_step, i64 rows, i64 k)
+
+    Strides are bytes of any value: from tile to tile of what is packed, k times ``isa.tile[0]`` numbers at least, and
+    of ``left`` from row to row and from k to k. For ``product`` the packed rows are one number apart, and the k as many
+    as a tile has rows.
+    """
+    made = _internal(module, f"pack.{suffix(kind)}.left", [PTR, I64, PTR, I64, I64, I64, I64])
+    if made.blocks:
+        return made
+    packed, tile_stride, left, left_stride, left_step, rows, length = made.args
+    b = ir.IRBuilder(made.append_basic_block("entry"))
+    step = I64(isa.tile[0] * (isa.bytes // _lanes(isa, kind)))
+    blocks, each, larger = _even(b, rows, isa)
+    with counted(b, 0, length, _CHUNK, name="chunk") as k, counted(b, 0, blocks, name="tile") as block:
+        row, height = _tile(b, block, each, larger)
+        target = at(b, at(b, packed, b.mul(block, tile_stride)), b.mul(k, step))
+        source = at(b, at(b, left, b.mul(row, left_stride)), b.mul(k, left_step))
+        count = intrinsic(b, "llvm.smin.i64", I64, [I64(_CHUNK), b.sub(length, k)])
+        strip = _pack_strip(module, isa, kind, isa.tile[0])
+        b.call(strip, [target, step, source, left_step, left_stride, count, height])
+    b.ret_void()
+    return made
+
+
+def _pack_strip(module: ir.Module, isa: Isa, kind: ir.Type, lanes: int) -> ir.Function:
+    """Pack so many columns, ``there`` of which exist, side by side; the rows of the strip lie ``step`` bytes apart."""
+    made = _internal(module, f"pack.{suffix(kind)}.strip{lanes}", [PTR, I64, PTR, I64, I64, I64, I64])
     if made.blocks:
         return made
     target, step, source, k_stride, column_stride, k, there = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
-    lanes = _lanes(isa, kind)
     whole = vector(kind, lanes)
-    element = I64(isa.bytes // lanes)
-    side = min(lanes, _SQUARE)
+    element = I64(isa.bytes // _lanes(isa, kind))
+    side = min(1 << (lanes.bit_length() - 1), _SQUARE)
     full = b.icmp_signed("==", there, I64(lanes))
-    copied = b.and_(full, b.icmp_signed("==", column_stride, element))
-    with counted(b, 0, b.select(copied, k, I64(0)), name="copy") as i:
-        store(b, load(b, at(b, source, b.mul(i, k_stride)), whole), at(b, target, b.mul(i, step)), isa.bytes)
-    with counted(b, 0, b.select(full, I64(0), k), name="clear") as i:
-        store(b, constant(whole, 0), at(b, target, b.mul(i, step)), isa.bytes)
+    copied = b.icmp_signed("==", column_stride, element)
+    with counted(b, 0, b.select(b.and_(full, copied), k, I64(0)), name="copy") as i:
+        store(b, load(b, at(b, source, b.mul(i, k_stride)), whole), at(b, target, b.mul(i, step)))
+    mask = _mask(b, there, lanes)
+    with counted(b, 0, b.select(b.and_(b.not_(full), copied), k, I64(0)), name="part") as i:
+        store(b, masked_load(b, at(b, source, b.mul(i, k_stride)), whole, mask), at(b, target, b.mul(i, step)))
+    with counted(b, 0, b.select(b.or_(full, copied), I64(0), k), name="clear") as i:
+        store(b, constant(whole, 0), at(b, target, b.mul(i, step)))
     rest = b.select(copied, I64(0), there)
     in_squares = b.select(b.icmp_signed("==", k_stride, element), b.and_(rest, I64(-side)), I64(0))
     rows_in_squares = b.and_(k, I64(-side))
@@ -238,35 +308,107 @@ def _transposed(b: ir.IRBuilder, lines: list[ir.Value]) -> list[ir.Value]:
     return lines
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a weight: ``wide`` panels with a vector more than ``narrow``, and the rest of ``count`` with that.
+
+    ``tail`` lanes of the last vector exist, all where it is 0. ``shapes`` are the widths of panels with the tail that a
+    micro-kernel is made for, ``after`` for every shape but the last the panel before which it ends; empty where only
+    the values tell.
+    """
+
+    count: ir.Value
+    narrow: ir.Value
+    wide: ir.Value
+    tail: ir.Value
+    shapes: list[tuple[int, int]]
+    after: list[int]
+
+    def place(self, b: ir.IRBuilder, panel: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The first vector of a panel and how many it has."""
+        start = b.add(b.mul(panel, self.narrow), intrinsic(b, "llvm.smin.i64", I64, [panel, self.wide]))
+        return start, b.add(self.narrow, b.zext(b.icmp_signed("<", panel, self.wide), I64))
+
+    def shape(self, b: ir.IRBuilder, panel: ir.Value) -> ir.Value:
+        """Which of the shapes a panel has."""
+        if len(self.shapes) == len(self.after) + 1:
+            found = I64(len(self.shapes) - 1)
+            for index, after in reversed(list(enumerate(self.after))):
+                found = b.select(b.icmp_signed("<", panel, I64(after)), I64(index), found)
+            return found
+        last = b.icmp_signed("==", panel, b.sub(self.count, I64(1)))
+        cut = b.and_(last, b.icmp_signed("!=", self.tail, I64(0)))
+        return b.add(b.sub(self.place(b, panel)[1], I64(1)), b.select(cut, I64(len(self.shapes) // 2), I64(0)))
+
+
+def _columns(columns: int, isa: Isa, kind: ir.Type) -> _Columns:
+    """The panels of so many columns."""
+    widths = panels(columns, isa, kind)
+    tail = columns % _lanes(isa, kind)
+    all_shapes = list(zip(widths, [0] * (len(widths) - 1) + [tail], strict=True))
+    shapes = list(dict.fromkeys(all_shapes))
+    after = [max(i for i, found in enumerate(all_shapes) if found == shape) + 1 for shape in shapes[:-1]]
+    wide = sum(width > widths[-1] for width in widths)
+    return _Columns(I64(len(widths)), I64(widths[-1]), I64(wide), I64(tail), shapes, after)
+
+
+def _any_columns(b: ir.IRBuilder, isa: Isa, kind: ir.Type, columns: ir.Value) -> _Columns:
+    """The same, for a number of columns, one at least, that is known only when it runs."""
+    lanes, widest = _lanes(isa, kind), isa.tile[1]
+    vectors = _ceil(b, columns, lanes)
+    count = _ceil(b, vectors, widest)
+    narrow = b.udiv(vectors, count)
+    wide = b.sub(vectors, b.mul(narrow, count))
+    shapes = [(width, tail) for tail in (0, _ANY) for width in range(1, widest + 1)]
+    return _Columns(count, narrow, wide, b.urem(columns, I64(lanes)), shapes, [])
+
+
 def _call_by_shape(
-    b: ir.IRBuilder, isa: Isa, kind: ir.Type, columns: int, panel: ir.Value, rows: ir.Value, arguments: list[ir.Value]
+    b: ir.IRBuilder,
+    isa: Isa,
+    kind: ir.Type,
+    columns: _Columns,
+    panel: ir.Value,
+    rows: ir.Value,
+    arguments: list[ir.Value],
 ) -> None:
     """Call the micro-kernel for the width of a panel and a number of rows, both known only when it runs."""
-    widths = panels(columns, isa, kind)
-    tails = [0] * (len(widths) - 1) + [columns % _lanes(isa, kind)]
-    shapes = list(dict.fromkeys(zip(widths, tails, strict=True)))
-    shape = I64(len(shapes) - 1)
-    for index in reversed(range(len(shapes) - 1)):
-        after = max(i for i, found in enumerate(zip(widths, tails, strict=True)) if found == shapes[index]) + 1
-        shape = b.select(b.icmp_signed("<", panel, I64(after)), I64(index), shape)
     highest = isa.tile[0]
     end = b.append_basic_block("called")
-    choice = b.switch(b.add(b.mul(shape, I64(highest)), rows), end)
-    for index, (vectors, tail) in enumerate(shapes):
+    choice = b.switch(b.add(b.mul(columns.shape(b, panel), I64(highest)), rows), end)
+    general = len(columns.shapes) > len(columns.after) + 1
+    for index, (vectors, tail) in enumerate(columns.shapes):
         for height in range(1, highest + 1):
             block = b.append_basic_block(f"call.{height}x{vectors}")
             choice.add_case(I64(index * highest + height), block)
             b.position_at_end(block)
-            b.call(micro_kernel(b.module, isa, kind, height, vectors, tail), arguments)
+            b.call(micro_kernel(b.module, isa, kind, height, vectors, tail, general), arguments)
             b.branch(end)
     b.position_at_end(end)
 
 
-def _place(b: ir.IRBuilder, panel: ir.Value, widths: list[int]) -> tuple[ir.Value, ir.Value]:
-    """The first vector of a panel and how many it has."""
-    narrow, wide = widths[-1], sum(width > widths[-1] for width in widths)
-    start = b.add(b.mul(panel, I64(narrow)), intrinsic(b, "llvm.smin.i64", I64, [panel, I64(wide)]))
-    return start, b.add(I64(narrow), b.zext(b.icmp_signed("<", panel, I64(wide)), I64))
+def _even(b: ir.IRBuilder, rows: ir.Value, isa: Isa) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Rows cut into tiles: how many, the rows of each, and how many of them have one row more."""
+    blocks = _ceil(b, rows, isa.tile[0])
+    each = b.udiv(rows, intrinsic(b, "llvm.umax.i64", I64, [blocks, I64(1)]))
+    return blocks, each, b.sub(rows, b.mul(each, blocks))
+
+
+def _tile(b: ir.IRBuilder, block: ir.Value, each: ir.Value, larger: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first row of a tile and how many it has."""
+    row = b.add(b.mul(block, each), intrinsic(b, "llvm.smin.i64", I64, [block, larger]))
+    return row, b.add(each, b.zext(b.icmp_signed("<", block, larger), I64))
+
+
+def _ceil(b: ir.IRBuilder, number: ir.Value, divisor: int) -> ir.Value:
+    return b.udiv(b.add(number, I64(divisor - 1)), I64(divisor))
+
+
+def _mask(b: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    """``lanes_below`` for a count that is known only when it runs."""
+    kind = ir.VectorType(I64, lanes)
+    numbers = ir.Constant(kind, [ir.Constant(I64, i) for i in range(lanes)])
+    return b.icmp_unsigned("<", numbers, splat(b, count, lanes))
 
 
 def _depth(k: int, isa: Isa, width: int) -> int:
@@ -274,6 +416,13 @@ def _depth(k: int, isa: Isa, width: int) -> int:
     most = max(_CACHE // (width * isa.bytes), 1)
     count = -(-k // most)
     return min(-(-k // count + 7) // 8 * 8, k) if count > 1 else k
+
+
+def _any_depth(b: ir.IRBuilder, k: ir.Value, isa: Isa) -> ir.Value:
+    """The same for a k that is known only when it runs, and the widest panels."""
+    count = _ceil(b, k, depth_of(isa))
+    even = b.udiv(b.add(k, b.sub(count, I64(1))), intrinsic(b, "llvm.umax.i64", I64, [count, I64(1)]))
+    return b.and_(b.add(even, I64(7)), I64(-8))
 
 
 def _apart(sums: int, isa: Isa) -> int:
