@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
+from ..independence import rows_of_node
 from .lower import Buffer, Item, Lowered, Map, buffers_of
 
 __all__ = ["Placed", "place"]
@@ -30,7 +31,7 @@ def place(lowered: Lowered, spent: Mapping[int, fx.Node], stored: Sequence[fx.No
             node = stored[output.number]
             if node in placed or output.dtype != buffer.dtype or column + output.row > buffer.row or output.row < 2:
                 continue
-            if node.meta["val"].dim() < 2 or not _only_after(output, lowered.items, last):
+            if rows_of_node(node) != (0, 1) or not _only_after(output, lowered.items, last):
                 continue
             placed[node] = (spent[buffer.number], column, output.row)
             buffer.role = "spent"

@@ -35,6 +35,7 @@ __all__ = ["multiply"]
 
 _KINDS = {torch.float32: F32, torch.float64: F64}
 _LINE = 64  # bytes of a cache line
+_PACKS = None
 _DEPTHS = 4  # blocks of a panel in a block of K
 _ROWS = 96  # rows of left at a time, a multiple of the rows of every tile
 _RIGHT_BYTES = 8 << 20  # of right in a block
@@ -131,7 +132,7 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
     count = 1 if 2 * rows * columns * k < _WORK_TO_SHARE else threads.count()
     vectors = -(-width // lanes)
     by_panels = count > 1 and -(-rows // isa.tile[0]) < min(4 * count, -(-vectors // isa.tile[1]))
-    packs = left.stride(1) != 1 and k > 1
+    packs = (left.stride(1) != 1 and k > 1) if _PACKS is None else _PACKS
     tile_stride = _lined(depth * isa.tile[0] * item) + _LINE
     left_bytes = _lined(-(-min(rows, _ROWS) // isa.tile[0]) * tile_stride) if packs else 0
     right_bytes = _lined(depth * vectors * isa.bytes)
