@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -32,6 +33,14 @@ def _machine_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ELMAN_CACHE", str(shared / "cache"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _said_anew() -> None:
+    """A loop without machine code is warned of in every test, not once for all of them."""
+    kernels = sys.modules.get("elman.compiler.llvm.kernels")
+    if kernels is not None:
+        kernels._warned.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -126,8 +126,8 @@ class RandomCell(nn.Module):
 class _Writer:
     """A plan while it is drawn: what values there are, how wide, and which of them are bounded."""
 
-    def __init__(self, draw: Any) -> None:
-        self.draw = draw
+    def __init__(self, draw: Any, widths: Any) -> None:
+        self.draw, self.widths = draw, widths
         self.width: dict[str, int] = {}
         self.bounded: set[str] = set()
         self.lines: list[tuple[str, str, tuple[str, ...], int]] = []
@@ -149,7 +149,7 @@ class _Writer:
         )
         a = self.pick(list(self.width))
         if kind in ("linear", "affine"):
-            self.write(kind, (a,), self.draw(st.integers(1, 5)))
+            self.write(kind, (a,), self.draw(self.widths))
         elif kind == "unary":
             self.write(self.pick(list(_UNARY)), (a,), self.width[a])
         elif kind == "narrow":
@@ -180,11 +180,15 @@ class _Writer:
         return self.write("tanh", (source,), width)
 
 
+_WIDE = st.integers(1, 4) | st.sampled_from([7, 8, 16, 17, 33])
+"""Below, at and above the vectors and tiles of machine code."""
+
+
 @st.composite
-def plans(draw: Any, most: int = 9) -> Plan:
+def plans(draw: Any, most: int = 9, wide: bool = False) -> Plan:
     """A random step of up to ``most`` free instructions, one to three states, inputs, and perhaps constants."""
-    writer = _Writer(draw)
-    widths = st.integers(1, 4)
+    widths = _WIDE if wide else st.integers(1, 4)
+    writer = _Writer(draw, widths)
     xs = tuple(draw(st.lists(widths, min_size=1, max_size=2)))
     states = tuple(draw(st.lists(widths, min_size=1, max_size=3)))
     constants = tuple(draw(st.lists(widths, max_size=1)))
@@ -199,9 +203,9 @@ def plans(draw: Any, most: int = 9) -> Plan:
 
 
 @st.composite
-def ways(draw: Any) -> dict[str, Any]:
-    """A random way to run a scan: T, B, lengths, direction and recomputation."""
-    steps, batch = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+def ways(draw: Any, most: int = 4) -> dict[str, Any]:
+    """A random way to run a scan: T, B up to ``most``, lengths, direction and recomputation."""
+    steps, batch = draw(st.integers(1, 5)), draw(st.integers(1, most))
     lengths = draw(st.none() | st.lists(st.integers(0, steps), min_size=batch, max_size=batch))
     if lengths is not None and max(lengths) == 0:
         lengths[0] = steps

@@ -40,14 +40,14 @@ def test_equals_every_sequence_alone_by_hand(row: Network, steps: int, batch: in
     network = made(row)
     sources = given(row, network, steps, batch)
     expected = everything(row.by_hand, network, sources)
-    assert_same(everything(row.run, network, sources, backend="reference"), expected)
-    assert_same(everything(row.run, network, sources, backend="interpret"), expected)
+    for backend in ("reference", "interpret", "llvm"):
+        assert_same(everything(row.run, network, sources, backend=backend), expected)
     if steps > 1:
         assert_same(everything(row.run, network, sources, remat=2), expected)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.values[0].lengths])
-@pytest.mark.parametrize("backend", ["reference", "interpret"])
+@pytest.mark.parametrize("backend", ["reference", "interpret", "llvm"])
 def test_padding_changes_nothing(row: Network, backend: str) -> None:
     network = made(row)
     sources = given(row, network)

@@ -51,20 +51,25 @@ class Pages:
         slack = (inner - size) // alignment * alignment if self.at_end else 0
         return start + _PAGE + slack
 
+    def blank(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Such memory for a tensor of that shape and those strides, and all of it from end to end, in bytes."""
+        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        item = tensor.element_size()
+        address = self.room(span * item, item)
+        raw = torch.frombuffer((ctypes.c_char * (span * item)).from_address(address), dtype=torch.uint8)
+        return raw.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()), raw
+
     def like(self, tensor: Tensor) -> Tensor:
         """The same numbers, as far apart, in such memory."""
         if not tensor.numel():
             return tensor
-        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        item = tensor.element_size()
-        address = self.room(span * item, item)
-        raw = torch.frombuffer((ctypes.c_char * (span * item)).from_address(address), dtype=tensor.dtype)
-        repeated = any(n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        if repeated:  # there is nothing between the rows
-            raw.copy_(tensor.as_strided((span,), (1,), tensor.storage_offset()))
-            return raw.as_strided(tensor.shape, tensor.stride())
-        made = raw.as_strided(tensor.shape, tensor.stride())
-        made.copy_(tensor)
+        made, raw = self.blank(tensor)
+        if any(n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            # Repeated, so that there is nothing between the rows.
+            flat = raw.view(tensor.dtype)
+            flat.copy_(tensor.as_strided(flat.shape, (1,), tensor.storage_offset()))
+        else:
+            made.copy_(tensor)
         return made
 
     def close(self, address: int) -> None:
@@ -81,6 +86,12 @@ class Pages:
     def _protect(self, start: int, size: int, access: int) -> None:
         if _libc.mprotect(start, size, access):
             raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    """What memory that nobody has written to holds."""
+    size = tensor.numel() * tensor.element_size()
+    return torch.full((size,), 0xFF, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
 
 
 @contextmanager
@@ -106,17 +117,17 @@ def guarded(at_end: bool) -> Iterator[list[Kernel]]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(kernel, "_aligned", aligned)
                 patch.setattr(Kernel, "_scratch", scratch)
-                own_inputs, own_outputs = [pages.like(t) for t in inputs], [pages.like(t) for t in outputs]
-                for made in own_outputs:
-                    made.view(torch.uint8).fill_(0xFF)
+                own_inputs, own_outputs = [pages.like(t) for t in inputs], [pages.blank(t) for t in outputs]
                 for number, made in enumerate(own_inputs):
                     if number not in written and made.numel():
                         pages.close(made.data_ptr())
-                plain(self, rows, reverse, own_inputs, own_outputs)
+                plain(self, rows, reverse, own_inputs, [made for made, _ in own_outputs])
             for number in written:
                 inputs[number].copy_(own_inputs[number])
-            for given, made in zip(outputs, own_outputs, strict=True):
+            for given, (made, raw) in zip(outputs, own_outputs, strict=True):
                 given.copy_(made)
+                made.copy_(_filled(made))
+                assert bool((raw == 0xFF).all()), "something was written between the rows of an output"
             ran.append(self)
         finally:
             pages.free()

@@ -16,7 +16,7 @@ import elman
 from cellzoo import zoo
 from comparing import inputs
 
-both = pytest.mark.parametrize("backend", ["interpret", "auto"])
+both = pytest.mark.parametrize("backend", ["interpret", "llvm"])
 
 
 def doubles(*shape: int) -> Tensor:
@@ -149,10 +149,11 @@ def test_a_graph_is_freed_at_once(backend: str) -> None:
         gc.enable()
 
 
-def test_integer_outputs_take_no_gradient() -> None:
+@both
+def test_integer_outputs_take_no_gradient(backend: str) -> None:
     cell = zoo("Tokens")
     given = inputs(cell, 3, 2)
-    (logits, token, keep), _ = elman.scan(cell, given["xs"], given["state"], backend="interpret")
+    (logits, token, keep), _ = elman.scan(cell, given["xs"], given["state"], backend=backend)
     assert logits.requires_grad
     assert token.dtype == torch.long
     assert keep.dtype == torch.bool
@@ -160,7 +161,8 @@ def test_integer_outputs_take_no_gradient() -> None:
     assert not keep.requires_grad
 
 
-def test_undefined_gradients_of_a_function_downstream() -> None:
+@both
+def test_undefined_gradients_of_a_function_downstream(backend: str) -> None:
     class Nothing(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, a: Tensor) -> Tensor:
@@ -171,29 +173,32 @@ def test_undefined_gradients_of_a_function_downstream() -> None:
             return None
 
     cell, xs = zoo("lstm"), doubles(3, 2, 3)
-    ys, (h, _) = elman.scan(cell, xs, backend="interpret")
+    ys, (h, _) = elman.scan(cell, xs, backend=backend)
     found = torch.autograd.grad(Nothing.apply(ys).sum() + h.sum(), xs)
     expected = torch.autograd.grad(elman.scan(cell, xs, backend="reference")[1][0].sum(), xs)
     torch.testing.assert_close(found, expected)
 
 
-def test_anomaly_mode() -> None:
+@both
+def test_anomaly_mode(backend: str) -> None:
     cell, xs = zoo("Gru"), doubles(3, 2, 3)
     with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
-        elman.scan(cell, xs, backend="interpret")[0].sum().backward()
+        elman.scan(cell, xs, backend=backend)[0].sum().backward()
 
 
-def test_chunks_after_the_longest_sequence_are_not_run() -> None:
+@both
+def test_chunks_after_the_longest_sequence_are_not_run(backend: str) -> None:
     cell = zoo("Heads")  # reshapes to (B, 2, −1), which no rows can be
     given = inputs(cell, 5, 3)
     found = []
-    for backend, remat in (("interpret", 2), ("reference", None)):
-        y, _ = elman.scan(cell, given["xs"], given["state"], lengths=[4, 4, 1], remat=remat, backend=backend)
+    for by, remat in ((backend, 2), ("reference", None)):
+        y, _ = elman.scan(cell, given["xs"], given["state"], lengths=[4, 4, 1], remat=remat, backend=by)
         found.append((y, torch.autograd.grad((y**2).sum(), [given["xs"], *cell.parameters()])))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
-def test_remat_saves_memory() -> None:
+@both
+def test_remat_saves_memory(backend: str) -> None:
     """What the graph holds between forward and backward."""
     cell = zoo("lstm")
     xs = doubles(400, 2, 3)
@@ -203,7 +208,7 @@ def test_remat_saves_memory() -> None:
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, kept=kept: (kept.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t
         ):
-            _ys, _ = elman.scan(cell, xs, backend="interpret", remat=remat)
+            _ys, _ = elman.scan(cell, xs, backend=backend, remat=remat)
         held[remat] = sum(kept.values()) - xs.nbytes
     assert held["auto"] < held[None] / 5
     assert held[40] < held[None] / 5

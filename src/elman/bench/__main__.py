@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..doctor import describe_machine
+from ..errors import ElmanError
 from .suite import Plan, measure
 from .targets import table, targets
 
@@ -24,7 +25,10 @@ def main() -> None:
     plan = Plan.quickly(tuple(given["plan"].get("counts", (1,)))) if given["quick"] else planned(given["plan"])
     print(*(f"{name}: {fact}" for name, fact in machine().items()), sep="\n")
     result = {"command": given["command"], "machine": machine(), "whole": plan.whole}
-    result |= measure(plan, lambda line: print(line, flush=True))
+    try:
+        result |= measure(plan, lambda line: print(line, flush=True))
+    except ElmanError as error:
+        sys.exit(f"elman: {error}")
     result["targets"] = [target.kept() for target in targets(result)]
     print(f"\nGEMM, GFLOP/s by threads: {result['gemm gflops']}\n")
     print(*table(targets(result)), sep="\n")

@@ -76,6 +76,13 @@ def _normed_inputs(cell: Any, xs: Tensor) -> Tensor:
     return cell.norm_ih(F.linear(xs, cell.weight_ih)) + (cell.bias_ih + cell.bias_hh)
 
 
+def _make_layer_norm_lstm(inputs: int, hidden: int) -> LSTMCell:
+    """With recurrent gains of 0.1: with 1, as they begin, what differs in the last bit is soon far apart."""
+    cell = LSTMCell(inputs, hidden, layer_norm=True)
+    nn.init.constant_(cell.norm_hh.weight, 0.1)
+    return cell
+
+
 def _layer_norm_lstm(cell: Any, a: Tensor, h: Tensor, s: Tensor) -> States:
     i, f, n, q = (a + cell.norm_hh(F.linear(h, cell.weight_hh))).chunk(4, -1)
     s = torch.sigmoid(f) * s + torch.sigmoid(i) * torch.tanh(n)
@@ -183,7 +190,7 @@ CELLS: dict[str, Contestant] = {
     "GRU": Contestant(GRUCell, _plain_inputs, _gru, 1, (GRU, nn.GRU)),
     "Elman": Contestant(ElmanCell, _inputs, _elman, 1, (RNN, nn.RNN)),
     "peephole LSTM": Contestant(lambda d, h: LSTMCell(d, h, peepholes=True), _inputs, _peephole_lstm, 2),
-    "layer-norm LSTM": Contestant(lambda d, h: LSTMCell(d, h, layer_norm=True), _normed_inputs, _layer_norm_lstm, 2),
+    "layer-norm LSTM": Contestant(_make_layer_norm_lstm, _normed_inputs, _layer_norm_lstm, 2),
     "GRU, reset before": Contestant(lambda d, h: GRUCell(d, h, reset_after=False), _inputs, _reset_before),
     "leaky": Contestant(lambda d, h: Leaky(ElmanCell(d, h)), lambda c, xs: _inputs(c.cell, xs), _leaky),
     "2-layer transition": Contestant(

@@ -66,11 +66,13 @@ def rivals(
         found["interpret"] = Rival(cell, lambda xs: scan(cell, xs, backend="interpret")[0])
     if "eager" in ways:
         found["eager"] = Rival(cell, loop)
+    if any(way.startswith("compiled") for way in ways):
+        torch.compiler.reset()  # it gives up on code that it has compiled for eight other cells
     if "compiled step" in ways:
-        step = torch.compile(lambda a, *states: contestant.step(cell, a, *states), dynamic=False)
+        step = torch.compile(lambda a, *states: contestant.step(cell, a, *states), dynamic=False, fullgraph=True)
         found["compiled step"] = Rival(cell, by_hand(contestant, cell, step))
     if "compiled loop" in ways:
-        found["compiled loop"] = Rival(cell, torch.compile(loop, dynamic=False))
+        found["compiled loop"] = Rival(cell, torch.compile(loop, dynamic=False, fullgraph=True))
     return found
 
 

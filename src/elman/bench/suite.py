@@ -29,15 +29,15 @@ Shape = tuple[int, int, int, int]
 
 SHAPES: tuple[Shape, ...] = (
     (256, 8, 128, 128),
-    (128, 32, 256, 256),
     (128, 32, 64, 256),
     (128, 32, 512, 512),
     (64, 64, 1024, 1024),
     (1024, 1, 256, 256),
     (64, 16, 64, 64),
     (100, 20, 200, 200),
+    (128, 32, 256, 256),
 )
-"""T, B, I, H."""
+"""T, B, I, H; MAIN last, for what torch.compile loads slows the calls that come after."""
 
 MAIN: Shape = (128, 32, 256, 256)
 """Where every rival takes part."""
@@ -78,6 +78,9 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     deviations = {name: verify(name) for name in plan.cells}
     say(f"largest deviation from the loop by hand, float64, outputs and gradients: {max(deviations.values()):.0e}")
     result: dict[str, Any] = {"float64 deviation": {name: significant(d, 2) for name, d in deviations.items()}}
+    if plan.extras:
+        with threads(most):
+            _first_of_all(plan, result, say)
     rows: list[dict[str, Any]] = []
     result["rows"] = rows
     for shape in plan.shapes:
@@ -88,9 +91,9 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
                 for name in plan.cells:
                     rows.append(_row(name, shape, count, plan, everyone, jax))
                     say(_line(rows[-1]))
-    if plan.extras:
+    if plan.extras and not plan.quick:
         with threads(most):
-            _extras(plan, most, result, say)
+            _last_of_all(plan, most, result, say)
     after = gemm_peak(plan.counts, 2 if plan.quick else 9, 256 if plan.quick else 2048)
     result["gemm gflops"] = {n: {way: max(peak[n][way], after[n][way]) for way in peak[n]} for n in peak}
     result["minutes"] = significant((time.perf_counter() - begun) / 60, 2)
@@ -132,7 +135,8 @@ def _calls(
             rival.run(plain)
 
     for way, rival in found.items():
-        yield (way, "forward"), partial(forward, rival)
+        if way != "compiled step":  # each mode would be compiled anew, for some seconds
+            yield (way, "forward"), partial(forward, rival)
         yield (way, "training"), partial(rival.train, xs, weight)
 
 
@@ -153,16 +157,18 @@ def _jax(count: int, result: dict[str, Any]) -> Iterator[Jax | None]:
         process.__exit__(None, None, None)
 
 
-def _extras(plan: Plan, most: int, result: dict[str, Any], say: Callable[[str], None]) -> None:
-    """What is measured once."""
-    shape = plan.shapes[0] if plan.quick else MAIN
-    result["denormal"] = denormal(shape, plan.seconds)
-    say(f"\ngradients that underflow, training step against an ordinary one: {_figures(result['denormal'], '×')}")
+def _first_of_all(plan: Plan, result: dict[str, Any], say: Callable[[str], None]) -> None:
+    """What is measured once, in a process as fresh as can be."""
     result["one step us"] = one_step(20 if plan.quick else 300, 2 if plan.quick else 15)
     for name, ways in result["one step us"].items():
         say(f"one step, B 1, 64 units, {name}: {_figures(ways, ' µs')}")
-    if plan.quick:
-        return
+    result["denormal"] = denormal(plan.shapes[0] if plan.quick else MAIN, plan.seconds)
+    say(f"gradients that underflow, training step against an ordinary one: {_figures(result['denormal'], '×')}")
+
+
+def _last_of_all(plan: Plan, most: int, result: dict[str, Any], say: Callable[[str], None]) -> None:
+    """What is measured once, in processes of its own or with torch.compile."""
+    say("")
     result["memory"] = []
     for name, at in (("LSTM", MAIN), ("LSTM", (64, 64, 1024, 1024)), ("GRU", MAIN), ("Elman", MAIN)):
         mib = {way: peak_memory(name, way, at, most) for way in ("elman", "torch.nn")}
@@ -198,6 +204,6 @@ def _line(row: dict[str, Any]) -> str:
     parts = [f"{own[m]['min']:.4g} ({own[m]['median']:.4g})" for m in modes]
     others = []
     for way, times in row["milliseconds"].items():
-        multiples = [f"{times[m]['min'] / own[m]['min']:.2f}" for m in modes]
+        multiples = [f"{times[m]['min'] / own[m]['min']:.2f}" if m in times else "–" for m in modes]
         others += [f"{way} {' / '.join(multiples)}"] if way != "elman" else []
     return f"{row['cell']:<19}forward {parts[0]:<16} training {parts[1]:<16} ×: {', '.join(others)}"

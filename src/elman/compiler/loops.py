@@ -44,6 +44,7 @@ class LoopWriter:
         self.views: dict[fx.Node, str] = {}  # per-step lists of views
         self.flat: dict[fx.Node, str] = {}  # what they are views of, where the loop is affine
         self.env: dict[fx.Node, str] = {}
+        self.buffers: dict[fx.Node, str] = {}
         self.stored = self._stored()
         self.kernel = writer.kernel_of(loop, list(self.stored), self._spent())
         self.affine = self.kernel is None and not writer.ragged and is_affine(writer.step, loop)
@@ -135,7 +136,6 @@ class LoopWriter:
     def _call_kernel(self) -> None:
         """The loop as one call of machine code, which writes what is stored and leaves the last state in place."""
         w, carried = self.w, {self.step.state[i]: i for i in self.loop.carried}
-        self.buffers = {}
         for node in self.stored:
             if node not in self.kernel.placed:
                 self._store(node)
@@ -178,7 +178,6 @@ class LoopWriter:
     def _buffers(self) -> None:
         """Room over all steps for what is stored, scratch for the rest."""
         w = self.w
-        self.buffers: dict[fx.Node, str] = {}
         self.out: dict[fx.Node, str] = {}
         self.copies: dict[fx.Node, str] = {}
         self.packed: dict[fx.Node, str] = {}

@@ -1,6 +1,6 @@
 """The body of a loop in few kinds of operations: products, pointwise operations, reductions, views.
 
-Norms, softmax and the like are taken apart into sums, maxima and pointwise work, which fuse with what stands around them.
+Norms, softmax and the like are taken apart into sums, maxima and pointwise work, which fuse with what is around them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import decomposition_table
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..step import Step, arguments, explained
@@ -52,7 +53,7 @@ def body_of(step: Step, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) ->
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[n] for n in outputs))
     values = [n.meta["val"] for n in outside]
-    mode = next(v.fake_mode for v in values if isinstance(v, Tensor))
+    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     with explained("a loop cannot be taken apart"), mode, torch.no_grad():
         traced = make_fx(fx.Interpreter(fx.GraphModule(step.root, graph)).run, decomposition_table=_table())(*values)
     traced.graph.eliminate_dead_code()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from llvmlite import ir
 
@@ -17,7 +18,7 @@ BOOL, BYTE, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(
 F32, F64, VOID = ir.FloatType(), ir.DoubleType(), ir.VoidType()
 PTR = ir.PointerType()
 
-Int = int | ir.Value
+Int: TypeAlias = int | ir.Value
 
 
 def vector(element: ir.Type, lanes: int) -> ir.Type:

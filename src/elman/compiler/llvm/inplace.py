@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from ..independence import rows_of_node
-from .lower import Buffer, Item, Lowered, Map, buffers_of
+from .items import Buffer, Item, Lowered, Map, buffers_of
 
 __all__ = ["Placed", "place"]
 

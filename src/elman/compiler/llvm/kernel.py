@@ -19,9 +19,10 @@ from . import engine, threads
 from .body import body_of
 from .entry import BARRIER_BYTES
 from .generate import generate, layout
-from .isa import Isa, chosen
 from .inplace import Placed, place
-from .lower import Buffer, Lowered, Map, Product, lower
+from .isa import Isa, chosen
+from .items import Buffer, Lowered, Map, Product
+from .lower import lower
 
 __all__ = ["Kernel", "compile_loop"]
 

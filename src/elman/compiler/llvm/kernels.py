@@ -27,9 +27,7 @@ class Kernels:
         self._found: dict[tuple[int, ...], Kernel | None] = {}
         self._loops: list[Loop] = []  # alive, so that their numbers are their own
 
-    def __call__(
-        self, step: Step, loop: Loop, stored: list[fx.Node], spent: list[fx.Node]
-    ) -> Kernel | None:
+    def __call__(self, step: Step, loop: Loop, stored: list[fx.Node], spent: list[fx.Node]) -> Kernel | None:
         """The kernel of a loop, None where it must run through PyTorch's operations; that is said once."""
         key = (id(loop), *map(id, stored))
         if key not in self._found:
