@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 
 import torch
-from run import RESULTS, machine
 
 import elman
+from elman.bench.machine import machine
 from elman.compiler import affine
 from elman.spec import make_cell
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 CELLS = ("mingru", "minlstm", "qrnn", "sru", "lru")
 SHAPES = ((1, 64), (1, 256), (8, 64), (8, 128))
@@ -59,7 +61,7 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     rows = [compare(name, given.steps, *shape, given.repeats) for name in CELLS for shape in SHAPES]
-    result = {"command": sys.argv, "machine": machine(given.threads), "rows": rows}
+    result = {"command": sys.argv, "machine": machine(), "threads": given.threads, "rows": rows}
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"kept in {given.out}")
 

@@ -206,7 +206,7 @@ def cases(count: int) -> Any:
 
 
 by_both = pytest.mark.parametrize("backend", FAST)
-INTERPRETED = pytest.mark.filterwarnings("ignore:the loop over .* bfloat16 has no place:elman.errors.UnfoldWarning")
+INTERPRETED = pytest.mark.filterwarnings("ignore:the loop over .*bfloat16 has no place:elman.errors.UnfoldWarning")
 """Loops in bfloat16 have no machine code."""
 PRECISIONS = [pytest.param(False, id="float32"), pytest.param(True, id="bfloat16", marks=INTERPRETED)]
 

@@ -11,9 +11,10 @@ from torch import fx, nn
 from .compiler.affine import is_affine
 from .compiler.autograd import needs_of
 from .compiler.cache import Signature, program_of
-from .compiler.compiled import Compiled
+from .compiler.compiled import Compiled, Differentiated, kernels_of
 from .compiler.emit import Names, call
 from .compiler.interpret import compile_program
+from .compiler.llvm.listing import LISTINGS
 from .compiler.plan import operation, plan
 from .compiler.program import Loop, Program
 from .errors import OptionError, UnfoldError
@@ -23,33 +24,59 @@ from .unfold import _extent, prepare, scan
 
 __all__ = ["LEVELS", "compiled_step", "explain"]
 
-LEVELS = ("plan", "program", "code")
+LEVELS = ("plan", "program", "code", "kernel", "ir", "asm")
 
 
 def explain(cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytree = None, level: str = "plan") -> str:
     """What ``scan(cell, xs)`` does, as text.
 
     ``level`` "plan" summarises segments, loops and their stages; "program" lists every operation; "code" is the
-    generated source. xs is (T, B, …); its sizes T and B do not matter. Raises OptionError for another level, and
+    generated source; "kernel" is what the machine code of each loop does, "ir" its representation for LLVM, "asm" its
+    assembly. xs is (T, B, …); its sizes T and B do not matter. Raises OptionError for another level, and
     what ``scan`` raises for a cell or xs that do not fit.
     """
     if level not in LEVELS:
         raise OptionError.unknown("level", level, LEVELS)
     name = type(cell).__name__
     try:
-        program = compiled_step(cell, xs, state, constants=constants)
+        step = compiled_step(cell, xs, state, constants=constants)
     except UnfoldError as error:
         return f"{name}: backend reference (plain loop and autograd)\nwhy: {type(error).__name__}: {error}\n"
-    rule = program.derivative(*needs_of(program))
+    rule = step.derivative(*needs_of(step))
+    machine = torch.utils._pytree.tree_leaves(xs)[0].device.type == "cpu"
+    rule.runners(False, machine)  # compiles the loops
+    found = (
+        [reason for p in (rule.forward, rule.adjoint) for reason in kernels_of(p).missing.values()] if machine else []
+    )
     lines = [
-        f"{name}: backend interpret (the program through ATen, with preallocated buffers)",
-        "why: the rows of the batch are independent and every operation is known; no other fast backend is built in",
+        f"{name}: backend {_LLVM if machine and len(found) < _loops(rule) else _INTERPRET}",
+        _why(machine, found, _loops(rule)),
         "",
-        *_once(program, level),
+        *_once(step, level),
     ]
     lines += ["forward", *_program(rule.forward, level, "forward"), ""]
     lines += ["backward, in reversed time", *_program(rule.adjoint, level, "backward")]
     return "\n".join(lines) + "\n"
+
+
+_LLVM = "llvm (loops as machine code, the rest through ATen)"
+_INTERPRET = "interpret (the program through ATen, with preallocated buffers)"
+
+
+def _loops(rule: Differentiated) -> int:
+    return len(rule.forward.loops) + len(rule.adjoint.loops)
+
+
+def _why(machine: bool, missing: list[str], loops: int) -> str:
+    """Why a step runs as it does."""
+    independent = "why: the rows of the batch are independent and every operation is known"
+    if not machine:
+        return f"{independent}; machine code is for the CPU"
+    if missing:
+        return (
+            f"{independent}; {len(missing)} of {loops} loops have no machine code: {'; '.join(dict.fromkeys(missing))}"
+        )
+    return independent
 
 
 def compiled_step(cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytree = None) -> Compiled:
@@ -82,14 +109,18 @@ def _once(program: Compiled, level: str) -> list[str]:
 
 def _program(program: Program, level: str, name: str) -> list[str]:
     if level == "code":
-        return [f"  {line}" for line in compile_program(program, name, False).source.splitlines()]
+        return [f"  {line}" for line in compile_program(program, name, False, program.kernels).source.splitlines()]
     lines = []
     for part in program.parts:
         if isinstance(part, Loop):
             carried = ", ".join(program.step.state[i].name for i in part.carried)
             stages = plan(part)
             lines.append(f"  loop      carries {carried}; {len(stages)} stage{'s' if len(stages) != 1 else ''}")
-            if is_affine(program.step, part):
+            kernel = program.kernels.made.get(id(part)) if program.kernels else None
+            if kernel is not None and level in LISTINGS:
+                lines += [f"    {line}" for line in LISTINGS[level](kernel)]
+                continue
+            if kernel is None and is_affine(program.step, part):
                 lines.append("    affine: scanned in parallel over time where a step is short of work")
             if level == "program":
                 lines += _listing(part.nodes, program.step.unit, "B")

@@ -18,7 +18,7 @@ from elman.combinators import Leaky, start
 
 __all__ = ["ALL_MACHINE_CODE", "KINDS", "PARTLY", "SIZES", "WITHOUT_LOOPS", "assert_single", "given", "made"]
 
-WITHOUT_LOOPS = {"Delay", "DelayLine", "Feedforward", "JordanTeacherForced", "StateFixed", "Stateless"}
+WITHOUT_LOOPS = ("Delay", "DelayLine", "Feedforward", "JordanTeacherForced", "StateFixed", "Stateless")
 """Cells of the zoo in which no step waits for another: nothing is left to a loop."""
 
 PARTLY = {

@@ -56,7 +56,7 @@ class Plan:
     cells: tuple[str, ...] = tuple(CELLS)
     shapes: tuple[Shape, ...] = SHAPES
     counts: tuple[int, ...] = (1, 2)
-    seconds: float = 1.2
+    seconds: float = 0.8
     """That the turns of one row take, where three turns do not take longer."""
     extras: bool = True
     quick: bool = False

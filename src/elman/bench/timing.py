@@ -15,6 +15,9 @@ __all__ = ["alternate", "gemm_peak", "milliseconds", "significant", "summary", "
 
 Key = TypeVar("Key", bound=Hashable)
 
+LONG = 3.0
+"""Seconds."""
+
 
 def milliseconds(call: Callable[[], object]) -> float:
     """How long one call takes."""
@@ -28,20 +31,24 @@ def alternate(
 ) -> dict[Key, list[float]]:
     """Milliseconds of every call, which take turns, so that a slow moment of the machine hits all of them.
 
-    As many turns as take about ``seconds``, within ``least`` and ``most``, after ``warm`` that do not count. A call
-    that gives a number measures itself: that number is its time.
+    As many turns as take about ``seconds``, within ``least`` and ``most``, after ``warm`` that do not count; two are
+    enough where one takes LONG. A call that gives a number measures itself: that number is its time.
     """
     for _ in range(warm):
         for call in calls.values():
             call()
     times: dict[Key, list[float]] = {key: [] for key in calls}
     begun, done = time.perf_counter(), 0
-    while done < least or (done < most and (time.perf_counter() - begun) * (1 + 1 / done) < seconds):
+    while True:
         for key, call in calls.items():
             start = time.perf_counter()
             own = call()
             times[key].append(1e3 * (time.perf_counter() - start) if own is None else own)
         done += 1
+        spent = time.perf_counter() - begun
+        enough = min(least, 2) if spent > LONG * done else least
+        if done >= most or (done >= enough and spent * (1 + 1 / done) > seconds):
+            break
     return times
 
 

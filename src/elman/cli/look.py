@@ -85,7 +85,11 @@ def explain(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of a cell that is one name; may be repeated.")
     ] = None,
     level: Annotated[
-        str, typer.Option(help="plan: segments, loops, stages; program: every operation; code: what runs.")
+        str,
+        typer.Option(
+            help="plan: segments, loops, stages; program: every operation; code: what runs; kernel, ir, asm: the "
+            "machine code of loops, as steps, for LLVM, and as assembly."
+        ),
     ] = "plan",
 ) -> None:
     """Show how a cell is unfolded: backend and why, loops, code.

@@ -62,7 +62,7 @@ class Op:
     operands: tuple[Any, ...]
     keywords: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
-    line: str = ""
+    line: str = field(default="", repr=False)  # the user's
 
 
 @dataclass
@@ -88,7 +88,6 @@ class Contract:
     reads: list[Access]
     kind: str
     out: Access
-    init: Access | None = None
 
 
 @dataclass

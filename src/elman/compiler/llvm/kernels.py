@@ -19,11 +19,12 @@ _warned: set[str] = set()
 class Kernels:
     """Kernels of the loops of one program, each compiled when it is first asked for.
 
-    ``missing`` says for each loop without one, by the names of the states it carries, why.
+    ``missing`` says for each loop without one, by its number, why.
     """
 
     def __init__(self) -> None:
-        self.missing: dict[str, str] = {}
+        self.missing: dict[int, str] = {}
+        self.made: dict[int, Kernel] = {}  # by the number of the loop
         self._found: dict[tuple[int, ...], Kernel | None] = {}
         self._loops: list[Loop] = []  # alive, so that their numbers are their own
 
@@ -33,12 +34,11 @@ class Kernels:
         if key not in self._found:
             self._loops.append(loop)
             try:
-                self._found[key] = compile_loop(step, loop, stored, spent)
+                self._found[key] = self.made[id(loop)] = compile_loop(step, loop, stored, spent)
             except UnsupportedError as error:
                 self._found[key] = None
-                carried = ", ".join(step.state[i].name for i in loop.carried)
-                self.missing[carried] = str(error)
-                _warn(carried, str(error))
+                self.missing[id(loop)] = str(error)
+                _warn(", ".join(step.state[i].name for i in loop.carried), str(error))
         return self._found[key]
 
 
