@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from elman.bench.cells import CELLS
@@ -26,14 +27,17 @@ PAGES = (ROOT / "README.md",)
 PICTURE = ROOT / "docs" / "pictures" / "throughput.svg"
 
 PLACE = re.compile(r"(<!-- kernels: (\w+) -->)\n+(?:\|.*\n)*\n*")
-WAYS = ("elman", "interpret", "torch.nn", "eager", "compiled step", "JAX")
 RIVALS = {
-    way: label
-    for way, label in zip(
-        WAYS, ("elman", "`interpret`", "torch.nn", "loop by hand", "torch.compile", "JAX"), strict=True
-    )
+    "elman": "elman",
+    "interpret": "`interpret`",
+    "torch.nn": "torch.nn",
+    "eager": "loop by hand",
+    "compiled step": "torch.compile",
+    "JAX": "JAX",
 }
+"""The ways to unfold a cell, and how they are called in tables."""
 
+MODES = ("forward", "training")
 Table = Iterable[Iterable[object]]
 
 
@@ -51,22 +55,19 @@ def main_rows(result: Any) -> dict[str, Any]:
 
 def best_other(times: Any) -> str:
     """The fastest in training of those that are not elman."""
-    others = [way for way in WAYS if way in times and way not in ("elman", "interpret")]
+    others = [way for way in RIVALS if way in times and way not in ("elman", "interpret")]
     return min(others, key=lambda way: times[way]["training"]["min"])
+
+
+def milliseconds(times: Any, mode: str) -> str:
+    return f"{times[mode]['min']:.1f}" if mode in times else "–"
 
 
 def rivals(result: Any) -> Table:
     """Forward / training of every rival, at MAIN."""
     yield "", *RIVALS.values(), "training, best other against elman"
     for cell, times in main_rows(result).items():
-        shown = [
-            " / ".join(
-                f"{times[way][mode]['min']:.1f}" if mode in times[way] else "–" for mode in ("forward", "training")
-            )
-            if way in times
-            else "–"
-            for way in WAYS
-        ]
+        shown = [" / ".join(milliseconds(times.get(way, {}), mode) for mode in MODES) for way in RIVALS]
         best = times[best_other(times)]["training"]["min"] / times["elman"]["training"]["min"]
         yield cell, *shown, f"{best:.2f}×"
 
@@ -105,6 +106,7 @@ def renewed(page: str, result: Any) -> str:
 
 def picture(result: Any, path: Path) -> None:
     """Million training steps of a unit a second, T B H over the time, of elman and of the best other, at MAIN."""
+    matplotlib.rcParams["svg.hashsalt"] = "elman"  # the same picture from the same result
     found = main_rows(result)
     steps, batch, _, hidden = MAIN
     figure = Figure(figsize=(7, 0.45 * len(found) + 1.2), layout="constrained")

@@ -100,6 +100,7 @@ STAGES = [
     "tasks train",
     "runs",
     "inspect doctor",
+    "bench",
     "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(STAGES) for name in names.split()}

@@ -109,14 +109,15 @@ def _once(program: Compiled, level: str) -> list[str]:
 
 def _program(program: Program, level: str, name: str) -> list[str]:
     if level == "code":
-        return [f"  {line}" for line in compile_program(program, name, False, program.kernels).source.splitlines()]
+        runs = program.kernels.program if program.kernels else program
+        return [f"  {line}" for line in compile_program(runs, name, False, program.kernels).source.splitlines()]
     lines = []
     for part in program.parts:
         if isinstance(part, Loop):
             carried = ", ".join(program.step.state[i].name for i in part.carried)
             stages = plan(part)
             lines.append(f"  loop      carries {carried}; {len(stages)} stage{'s' if len(stages) != 1 else ''}")
-            kernel = program.kernels.made.get(id(part)) if program.kernels else None
+            kernel = program.kernels.kernel_of(part) if program.kernels else None
             if kernel is not None and level in LISTINGS:
                 lines += [f"    {line}" for line in LISTINGS[level](kernel)]
                 continue

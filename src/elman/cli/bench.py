@@ -50,12 +50,10 @@ def bench(
         raise OptionError(f"{out} holds the result of a whole run, and this is a part of one: give --out another name.")
     if quick:
         plan["counts"] = sorted(set(threads or (1,)))
-    job = {
-        "plan": plan,
-        "quick": quick,
-        "out": str(out) if out else None,
-        "command": shlex.join(["elman", *sys.argv[1:]]),
-    }
+    options = [("--cell", cell), ("--shape", shape), ("--threads", map(str, threads or ())), ("--quick", [""] * quick)]
+    words = [word for option, values in options for value in values or () for word in (option, value) if word]
+    command = shlex.join(["elman", "bench", *words])  # where it is kept, and from where, changes nothing
+    job = {"plan": plan, "quick": quick, "out": str(out) if out else None, "command": command}
     # A process of its own: the command line has threads wait without spinning, which a user's script has not, and which
     # some of PyTorch's layers are slower for.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}

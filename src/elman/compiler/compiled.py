@@ -39,10 +39,17 @@ class Differentiated:
         if (ragged, kernels) not in cache:
             # Two threads may write the same program; either will do.
             cache[ragged, kernels] = (
-                compile_program(self.forward, "forward", ragged, kernels_of(self.forward) if kernels else None),
-                compile_program(self.adjoint, "backward", ragged, kernels_of(self.adjoint) if kernels else None),
+                _runner(self.forward, "forward", ragged, kernels),
+                _runner(self.adjoint, "backward", ragged, kernels),
             )
         return cache[ragged, kernels]
+
+
+def _runner(program: Program, name: str, ragged: bool, kernels: bool) -> Runner:
+    if not kernels or not program.loops:
+        return compile_program(program, name, ragged)
+    made = kernels_of(program)
+    return compile_program(made.program, name, ragged, made)
 
 
 def kernels_of(program: Program) -> Kernels:
@@ -50,7 +57,7 @@ def kernels_of(program: Program) -> Kernels:
     from .llvm.kernels import Kernels  # llvmlite is loaded with the first loop that is compiled
 
     if program.kernels is None:
-        program.kernels = Kernels()
+        program.kernels = Kernels(program)
     return program.kernels
 
 
@@ -103,8 +110,7 @@ class Compiled:
     def forward(self, ragged: bool, kernels: bool = False) -> Runner:
         """The program without a derivative, with machine code for the loops or without."""
         if (ragged, kernels) not in self._forward:
-            make = kernels_of(self.program) if kernels else None
-            self._forward[ragged, kernels] = compile_program(self.program, "forward", ragged, make)
+            self._forward[ragged, kernels] = _runner(self.program, "forward", ragged, kernels)
         return self._forward[ragged, kernels]
 
     def derivative(self, needs_x: tuple[bool, ...], needs_weight: tuple[bool, ...]) -> Differentiated:

@@ -1,14 +1,16 @@
-"""Matrix products of float32 on the CPU, through oneDNN where that is the faster of PyTorch's two libraries.
+"""Which library runs a matrix product on the CPU: oneDNN where that is the faster of PyTorch's two, or our own code.
 
 torch.mm calls MKL, which keeps its best code for processors of its own maker; elsewhere oneDNN, which PyTorch carries
 too, reaches the machine's peak (two cores of an AMD EPYC with AVX-512: 530 against 235 GFLOP/s for large products, 390
 against 190 for 32 rows with a packed weight). Which one is used depends on the maker of the processor alone, so the
-same machine always rounds the same way. None of these functions is differentiable.
+same machine always rounds the same way. Programs whose loops are machine code have their other products by the same
+micro-kernels (``llvm.matmul``) there, in float64 too. None of these functions is differentiable.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from torch import Tensor, fx
 
 from .step import arguments
 
-__all__ = ["added", "applies", "pack", "prefers_onednn", "product"]
+__all__ = ["added", "applies", "function_of", "pack", "prefers_onednn", "product"]
 
 _FEW = 128  # operands narrower than this gain nothing
 _MANY = 8  # products that are worth laying out a weight for
@@ -35,14 +37,36 @@ def prefers_onednn() -> bool:
     return "GenuineIntel" not in maker
 
 
+def function_of(node: fx.Node, compiled: bool = False) -> Callable[..., Tensor] | None:
+    """What runs the product of a node, None where that is torch.mm or torch.addmm, and for any other node.
+
+    It takes (bias, left, right), or (left, right) where nothing is added. ``compiled``: in a program of machine code.
+    """
+    bias = node.target is torch.ops.aten.addmm.default
+    if compiled and _is_product(node, torch.float32, torch.float64):
+        from .llvm import isa, matmul  # llvmlite is loaded with the first program of machine code
+
+        if isa.chosen() is not None:
+            return matmul.added if bias else matmul.product_of
+    if not applies(node):
+        return None
+    return added if bias else product
+
+
 def applies(node: fx.Node) -> bool:
-    """Whether the product of a node is one of these: mm or addmm of float32 matrices on a CPU, not tiny."""
+    """Whether the product of a node goes through oneDNN: mm or addmm of float32 matrices on a CPU, not tiny."""
+    if not _is_product(node, torch.float32):
+        return False
+    right = arguments(node)[-1].meta["val"]
+    return min(int(right.shape[0]), int(right.shape[1])) >= _FEW
+
+
+def _is_product(node: fx.Node, *dtypes: torch.dtype) -> bool:
+    """Whether a node is mm or addmm on the CPU, of one of these types, on a machine that does not leave it to MKL."""
     if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or node.kwargs:
         return False
     right = arguments(node)[-1].meta["val"]
-    if right.dtype != torch.float32 or right.device.type != "cpu":
-        return False
-    return min(int(right.shape[0]), int(right.shape[1])) >= _FEW and prefers_onednn()
+    return right.dtype in dtypes and right.device.type == "cpu" and prefers_onednn()
 
 
 def pack(right: Tensor, rows: int, times: int) -> Tensor:

@@ -205,12 +205,13 @@ class Writer:
         return self.over_steps(node)
 
     def product(self, node: fx.Node, env: dict[fx.Node, str], packed: str | None = None) -> str | None:
-        """The call of a float32 product that is not left to torch.mm, None for any other node."""
-        if not gemm.applies(node):
+        """The call of a product that is not left to torch.mm, None for any other node."""
+        function = gemm.function_of(node, self.kernels is not None and packed is None)
+        if function is None:
             return None
         *bias, left, right = (env[n] for n in arguments(node))
-        function = self.names.of(gemm.added if bias else gemm.product, "added" if bias else "product")
-        return f"{function}({', '.join([*bias, left, packed or right])}{', True' if packed else ''})"
+        name = self.names.of(function, "added" if bias else "product")
+        return f"{name}({', '.join([*bias, left, packed or right])}{', True' if packed else ''})"
 
     # -- loops --------------------------------------------------------------------------------------------------
 

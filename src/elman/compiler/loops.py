@@ -244,6 +244,10 @@ class LoopWriter:
         """Room for a value over all steps, its rows in front."""
         w, options = self.w, self._options(node)
         shape = [int(n) for n in node.meta["val"].shape]
+        if node.meta["rows"] == "sum":
+            w.room[node] = self.buffers[node] = w.fresh(f"{node.name}_sum")
+            w.line(f"{w.room[node]} = empty({tuple(shape)}, {options})")
+            return
         dim, k = rows_of_node(node)  # type: ignore[misc]
         rest = [*shape[:dim], *shape[dim + 1 :]]
         sizes = ", ".join(str(n) for n in ([k] if k > 1 else []) + rest)

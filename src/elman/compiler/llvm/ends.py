@@ -18,6 +18,11 @@ class Ends(Values):
         for number, outer in enumerate(self.stored):
             node = self.body.results[self.body.outputs.index(outer)]
             value, view = self.resolve(node)
+            if value.buffer is not None and value.buffer.role == "sum":
+                if value.buffer.number >= 0 or view.numel() != value.meta.numel():
+                    raise self.refuse(node, "a part of a sum over rows")
+                value.buffer.number = number
+                continue
             buffer = value.buffer if view is value.meta else None
             if buffer is not None and buffer.role == "scratch":
                 buffer.kind, buffer.role, buffer.number = "time", "output", number

@@ -160,35 +160,39 @@ class _Generator:
             with units:
                 for i, (item, run) in enumerate(zip(self.lowered.items, functions, strict=True)):
                     if divides(item):
-                        run(b, words, offset, zero, rows, thread, threads)
+                        run(b, words, offset, zero, rows, thread, threads, thread)
                     else:
-                        run(b, words, offset, *mine, zero, constant(I64, 1))
+                        run(b, words, offset, *mine, zero, constant(I64, 1), thread)
                     if i + 1 < len(functions):
                         b.call(meet, [meeting, threads])
             with by_rows:
                 for group in _neighbours(self.lowered.items):
                     if isinstance(self.lowered.items[group[0]], Product):
-                        functions[group[0]](b, words, offset, *mine, zero, constant(I64, 1))
+                        functions[group[0]](b, words, offset, *mine, zero, constant(I64, 1), thread)
                         continue
                     with counted(b, *mine, _ROWS_TOGETHER, "rows") as first:
                         last = least(b, b.add(first, constant(I64, _ROWS_TOGETHER)), mine[1])
                         for i in group:
-                            functions[i](b, words, offset, first, last, zero, constant(I64, 1))
+                            functions[i](b, words, offset, first, last, zero, constant(I64, 1), thread)
 
     # -- items --------------------------------------------------------------------------------------------------
 
     def _item(self, number: int, item: Item) -> Callable[..., None]:
-        """A function ``void(words, offset of the step, first row, last row, part, parts)`` and how to call it."""
+        """A function ``void(words, offset of the step, first row, last, part, parts, thread)``, and how to call it."""
         kind = type(item).__name__.lower()
-        f = function(self.module, f"{kind}{number}", VOID, [PTR, I64, I64, I64, I64, I64])
+        f = function(self.module, f"{kind}{number}", VOID, [PTR, I64, I64, I64, I64, I64, I64])
         f.linkage = "internal"
         f.attributes.add("noinline")
         b = ir.IRBuilder(f.append_basic_block("entry"))
         if isinstance(item, Product):
             self._product(b, f, item)
         else:
-            words, offset, first, *_ = f.args
-            code = RowCode(b, self.isa, item, lambda b, a: self.row(b, words, a, offset, first), f.args[2:])
+            words, offset, first, last, part, parts, thread = f.args
+
+            def place(b: ir.IRBuilder, access: Access) -> tuple[ir.Value, ir.Value]:
+                return self.row(b, words, access, offset, first, thread)
+
+            code = RowCode(b, self.isa, item, place, (first, last, part, parts))
             code.contract(item) if isinstance(item, Contract) else code.map(item)
         b.ret_void()
 
@@ -198,14 +202,14 @@ class _Generator:
         return run
 
     def _product(self, b: ir.IRBuilder, f: ir.Function, item: Product) -> None:
-        words, offset, first, last, part, parts = f.args
+        words, offset, first, last, part, parts, thread = f.args
         kind = KINDS[item.out.buffer.dtype]
         size = BYTES[item.out.buffer.dtype]
         made = product(self.module, self.isa, kind, item.k, item.chunk)
         packed = load(b, at(b, words, 8 * (self.packed_at + self.products.index(item))), PTR)
         start, end = share(b, constant(I64, len(panels(item.chunk, self.isa, kind))), part, parts)
-        out, left = (self.row(b, words, a, offset, first) for a in (item.out, item.left))
-        init = self.row(b, words, item.init, offset, first) if item.init else self._zeros(b, item)
+        out, left = (self.row(b, words, a, offset, first, thread) for a in (item.out, item.left))
+        init = self.row(b, words, item.init, offset, first, thread) if item.init else self._zeros(b, item)
         bytes_of = _chunk_bytes(item, self.isa)
         rows = b.sub(last, first)
         for time in range(item.times):
@@ -231,7 +235,13 @@ class _Generator:
         return self.module.globals[name], constant(I64, 0)
 
     def row(
-        self, b: ir.IRBuilder, words: ir.Value, access: Access, offset: ir.Value, first: ir.Value
+        self,
+        b: ir.IRBuilder,
+        words: ir.Value,
+        access: Access,
+        offset: ir.Value,
+        first: ir.Value,
+        thread: ir.Value,
     ) -> tuple[ir.Value, ir.Value]:
         """Where the numbers of an access begin in a row, and the bytes from row to row."""
         buffer = access.buffer
@@ -239,6 +249,8 @@ class _Generator:
         stride = load(b, at(b, words, 8 * self.word[buffer] + 8), I64)
         if buffer.kind == "shared":
             stride = constant(I64, 0)
+        elif buffer.kind == "thread":
+            return at(b, at(b, here, b.mul(thread, stride)), access.offset * BYTES[buffer.dtype]), constant(I64, 0)
         else:
             index = b.add(offset, first) if buffer.kind == "time" else first
             here = at(b, here, b.mul(index, stride))

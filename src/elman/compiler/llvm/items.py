@@ -12,8 +12,8 @@ __all__ = [
     "reads_of",
 ]  # fmt: skip
 
-Kind = Literal["time", "batch", "shared"]
-"""One row for each sequence at each step, one for each sequence, or the same for all."""
+Kind = Literal["time", "batch", "shared", "thread"]
+"""One row for each sequence at each step, one for each sequence, the same for all, or one for each thread."""
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Buffer:
     kind: Kind
     dtype: torch.dtype
     row: int
-    role: str = "scratch"  # or input, spent (an input that is overwritten), state, output
+    role: str = "scratch"  # or input, spent (an input that is overwritten), state, output, sum
     number: int = 0  # which of its role
 
 
@@ -69,13 +69,15 @@ class Op:
 class Map:
     """For every row and every index below ``shape``: operations, then stores.
 
-    ``reductions`` are (register, kind, where): over the last ``reduced`` dimensions of the shape.
+    ``reductions`` are (register, kind, where): over the last ``reduced`` dimensions of the shape. ``sums`` are over all
+    rows and steps, kept up by every thread for itself.
     """
 
     shape: tuple[int, ...]
     ops: list[Op] = field(default_factory=list)
     stores: list[tuple[int, Access]] = field(default_factory=list)
     reductions: list[tuple[int, str, Access]] = field(default_factory=list)
+    sums: list[tuple[int, Access]] = field(default_factory=list)
     reduced: int = 0
 
 
@@ -126,7 +128,7 @@ def buffers_of(item: Item) -> set[Buffer]:
     """All memory that an item reads or writes."""
     if isinstance(item, Map):
         reads = {a.buffer for a in reads_of(item)}
-        return reads | {a.buffer for _, a in item.stores} | {a.buffer for _, _, a in item.reductions}
+        return reads | {a.buffer for _, a in (*item.stores, *item.sums)} | {a.buffer for _, _, a in item.reductions}
     if isinstance(item, Contract):
         return {a.buffer for a in (*item.reads, item.out)}
     more = {item.init.buffer} if item.init else set()

@@ -52,6 +52,7 @@ class Kernel:
         )
         self.address, *self.packs = map(self.library.address, self.layout.functions)
         self.products = self.layout.products
+        self.sums = [b for b in lowered.buffers if b.role == "sum"]
         self.scratch = [b for b in lowered.buffers if b.role == "scratch"]
         maps = [item for item in lowered.items if isinstance(item, Map)]
         self.flops = sum(2 * p.k * p.n * p.times for p in self.products) + sum(
@@ -65,6 +66,8 @@ class Kernel:
         ``outputs`` (N, …), contiguous, receive what is stored.
         """
         if not rows.total:
+            for buffer in self.sums:
+                outputs[buffer.number].zero_()
             return
         count = self._threads(rows)
         units = count > 1 and (rows.batch < _FEW * count or self.weight_bytes > _NEAR)
@@ -78,8 +81,12 @@ class Kernel:
                 held.append(layout)
                 words[word] = layout.data_ptr()
         scratch = iter(self._scratch(rows.batch, held))
+        partial: dict[Buffer, Tensor] = {}
         for buffer in self.lowered.buffers:
-            if buffer.role == "scratch":
+            if buffer.role == "sum":  # of every thread, whole cache lines
+                partial[buffer] = torch.zeros(count, _row_bytes(buffer) // buffer.dtype.itemsize, dtype=buffer.dtype)
+                words += [partial[buffer].data_ptr(), _row_bytes(buffer)]
+            elif buffer.role == "scratch":
                 words += [next(scratch), _row_bytes(buffer)]
             else:
                 words += self._given(
@@ -91,6 +98,8 @@ class Kernel:
         for first in range(0, rows.steps, steps):
             args[0], args[1] = first, min(first + steps, rows.steps)
             threads.run(self.address, args, count)
+        for buffer, sums in partial.items():
+            outputs[buffer.number].copy_(sums[:, : buffer.row].sum(0).view(outputs[buffer.number].shape))
 
     def _threads(self, rows: Rows) -> int:
         if self.flops * rows.total < _WORK_TO_SHARE:

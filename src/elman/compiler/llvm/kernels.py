@@ -7,7 +7,8 @@ import warnings
 from torch import fx
 
 from ...errors import UnfoldWarning, UnsupportedError
-from ..program import Loop
+from ..fuse import fused
+from ..program import Loop, Program
 from ..step import Step
 from .kernel import Kernel, compile_loop
 
@@ -19,20 +20,21 @@ _warned: set[str] = set()
 class Kernels:
     """Kernels of the loops of one program, each compiled when it is first asked for.
 
-    ``missing`` says for each loop without one, by its number, why.
+    ``program`` is what they are kernels of: the given one with pointwise work moved into its loops. ``missing`` says
+    for each loop without one, by its number, why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program) -> None:
+        self.program = fused(program)
+        self._plain = dict(zip(map(id, program.loops), self.program.loops, strict=True))
+        self.made: dict[int, Kernel] = {}
         self.missing: dict[int, str] = {}
-        self.made: dict[int, Kernel] = {}  # by the number of the loop
         self._found: dict[tuple[int, ...], Kernel | None] = {}
-        self._loops: list[Loop] = []  # alive, so that their numbers are their own
 
     def __call__(self, step: Step, loop: Loop, stored: list[fx.Node], spent: list[fx.Node]) -> Kernel | None:
         """The kernel of a loop, None where it must run through PyTorch's operations; that is said once."""
         key = (id(loop), *map(id, stored))
         if key not in self._found:
-            self._loops.append(loop)
             try:
                 self._found[key] = self.made[id(loop)] = compile_loop(step, loop, stored, spent)
             except UnsupportedError as error:
@@ -40,6 +42,10 @@ class Kernels:
                 self.missing[id(loop)] = str(error)
                 _warn(", ".join(step.state[i].name for i in loop.carried), str(error))
         return self._found[key]
+
+    def kernel_of(self, loop: Loop) -> Kernel | None:
+        """The kernel of a loop of the program as it was given."""
+        return self.made.get(id(self._plain[id(loop)]))
 
 
 def _warn(carried: str, reason: str) -> None:

@@ -13,7 +13,7 @@ __all__ = ["LISTINGS", "items"]
 
 def items(kernel: Kernel) -> list[str]:
     """The items of a step, in the order in which they run. Sizes are those of a row."""
-    roles = {"time": "for every step", "batch": "for every sequence", "shared": "for all"}
+    roles = {"time": "for every step", "batch": "for every sequence", "shared": "for all", "thread": "for every thread"}
     memory = [
         f"{b.role} {b.name}: {b.row} × {str(b.dtype).removeprefix('torch.')} {roles[b.kind]}"
         for b in kernel.lowered.buffers
@@ -39,6 +39,7 @@ def _lines(item: Item) -> list[str]:
     lines = [f"map over {shape}"]
     lines += [f"  r{i} = {_operation(item, i)}" for i in range(len(item.ops))]
     lines += [f"  {access} = {kind} of r{register}" for register, kind, access in item.reductions]
+    lines += [f"  {access} += r{register}" for register, access in item.sums]
     return lines + [f"  {access} = r{register}" for register, access in item.stores]
 
 

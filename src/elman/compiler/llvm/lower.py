@@ -123,7 +123,7 @@ class _Lowering(Products, Ends):
 
     def _reduction(self, node: fx.Node, kind: str) -> None:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
-        value, view = self.resolve(source)
+        view = self.resolve(source)[1]
         dims: Any = node.args[1] if len(node.args) > 1 else []
         if node.meta["val"].dtype != source.meta["val"].dtype or not view.is_floating_point():
             raise self.refuse(node, f"{kind} of whole numbers")
@@ -131,6 +131,11 @@ class _Lowering(Products, Ends):
         every = [d for d in range(view.dim()) if rows is None or d != rows[0]]
         over = [d % view.dim() for d in ([dims] if isinstance(dims, int) else dims or every)]
         meta = self.canonical(node.meta["val"])
+        if rows is not None and kind == "sum" and over == [rows[0]] and rows[1] == 1:
+            self._row_sum(node, source)
+            return
+        if rows is not None and rows[0] in over:
+            raise self.refuse(node, "a sum over rows and features")
         trailing = rows is not None and rows[1] == 1 and sorted(over) == every[len(every) - len(over) :]
         if not trailing:
             self._contract(node, source, over, kind, meta)
@@ -140,18 +145,33 @@ class _Lowering(Products, Ends):
         if not reduced:
             self.views[node] = (self.values[self.copied(source, view)], meta)
             return
-        here = value.map is not None and self.holds(value, view, rows, shape)
-        index = self.map_over(shape, (value.map or 0) if here else value.ready, reduced)
-        item = self.map_at(index)
-        item.reduced = reduced
-        operand = self.operand(source, view, index)
-        if not isinstance(operand, tuple):
-            item.ops.append(Op("clone", (operand,), (), node.meta["val"].dtype, location(node)))
-            operand = ("r", len(item.ops) - 1)
+        index, register = self._register(source, reduced)
+        self.map_at(index).reduced = reduced
         buffer = self.new_buffer(node.name, "batch", node.meta["val"])
         outer = shape[: len(shape) - reduced]
-        item.reductions.append((operand[1], kind, Access(buffer, 0, self.own_strides(outer))))
+        self.map_at(index).reductions.append((register, kind, Access(buffer, 0, self.own_strides(outer))))
         self.values[node] = Value(meta, index + 1, buffer)
+
+    def _register(self, source: fx.Node, reduced: int = 0) -> tuple[int, int]:
+        """A map over the shape of a value, and the register in which it has it."""
+        value, view = self.resolve(source)
+        shape = self.shape_of(view)
+        here = value.map is not None and self.holds(value, view, self.rows(view), shape)
+        index = self.map_over(shape, (value.map or 0) if here else value.ready, reduced)
+        operand = self.operand(source, view, index)
+        if isinstance(operand, tuple):
+            return index, operand[1]
+        ops = self.map_at(index).ops
+        ops.append(Op("clone", (operand,), (), source.meta["val"].dtype, location(source)))
+        return index, len(ops) - 1
+
+    def _row_sum(self, node: fx.Node, source: fx.Node) -> None:
+        """A sum over the rows of all steps."""
+        index, register = self._register(source)
+        buffer = self.new_buffer(node.name, "thread", node.meta["val"])
+        buffer.role, buffer.number = "sum", -1
+        self.map_at(index).sums.append((register, Access(buffer, 0, self.own_strides(self.map_at(index).shape))))
+        self.values[node] = Value(self.canonical(node.meta["val"]), index + 1, buffer)
 
     def _argmax(self, node: fx.Node) -> None:
         source, dim, _ = (*arguments(node), None, False)[:3]

@@ -9,7 +9,7 @@ some rows (or, where there are few, some panels), and of those as many at a time
             pack left[block of rows, block of K], unless it is read as it lies
             product
 
-An element of the result is summed in one order, whichever thread does it and however many there are.
+The order in which an element is summed depends on the shapes alone: not on who does it, nor on how many threads share.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from .entry import BARRIER_BYTES, barrier, exported
 from .isa import Isa, chosen
 from .product import depth_of, pack, pack_left, panel_count, product
 
-__all__ = ["multiply"]
+__all__ = ["added", "multiply", "product_of"]
 
 _KINDS = {torch.float32: F32, torch.float64: F64}
 _LINE = 64  # bytes of a cache line
-_PACKS = None
 _DEPTHS = 4  # blocks of a panel in a block of K
-_ROWS = 96  # rows of left at a time, a multiple of the rows of every tile
+_ROWS = 192  # rows of left at a time, a multiple of the rows of every tile
 _RIGHT_BYTES = 8 << 20  # of right in a block
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
+_FEW = 8  # columns or k below which torch.mm is faster, and half of the rows
+_LITTLE = 1 << 20  # multiplications below which the call itself weighs too much
 _KEPT_BYTES = 64 << 20  # of scratch that stays for later calls
 
 # What a call is told, in the order of its words.
@@ -74,6 +75,21 @@ def multiply(left: Tensor, right: Tensor, init: Tensor | None = None, out: Tenso
             init = out.copy_(init)
     _run(_code(left.dtype, _isa()), left, right, init, out)
     return out
+
+
+def product_of(left: Tensor, right: Tensor) -> Tensor:
+    """left right: by ``multiply`` where that is worth it, else by torch.mm."""
+    return multiply(left, right) if _worth_it(left, right) else torch.mm(left, right)
+
+
+def added(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """bias + left right: by ``multiply`` where that is worth it, else by torch.addmm."""
+    return multiply(left, right, bias) if _worth_it(left, right) else torch.addmm(bias, left, right)
+
+
+def _worth_it(left: Tensor, right: Tensor) -> bool:
+    (rows, k), columns = left.shape, right.shape[1]
+    return rows >= 2 * _FEW and k >= _FEW and columns >= _FEW and rows * k * columns >= _LITTLE
 
 
 def _result(left: Tensor, right: Tensor, init: Tensor | None, out: Tensor | None) -> Tensor:
@@ -132,7 +148,7 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
     count = 1 if 2 * rows * columns * k < _WORK_TO_SHARE else threads.count()
     vectors = -(-width // lanes)
     by_panels = count > 1 and -(-rows // isa.tile[0]) < min(4 * count, -(-vectors // isa.tile[1]))
-    packs = (left.stride(1) != 1 and k > 1) if _PACKS is None else _PACKS
+    packs = left.stride(1) != 1 and k > 1
     tile_stride = _lined(depth * isa.tile[0] * item) + _LINE
     left_bytes = _lined(-(-min(rows, _ROWS) // isa.tile[0]) * tile_stride) if packs else 0
     right_bytes = _lined(depth * vectors * isa.bytes)

@@ -13,7 +13,7 @@ The blocking is that of Goto and van de Geijn, "Anatomy of High-Performance Matr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -42,6 +42,8 @@ from .code import (
 from .isa import Isa
 
 __all__ = ["depth_of", "micro_kernel", "pack", "pack_left", "packed_bytes", "panel_count", "panels", "product"]
+
+Tile = Callable[[ir.Value], tuple[ir.Value, ir.Value]]
 
 _CACHE = 24 * 1024
 """Bytes of a panel's block: half of a usual first-level cache, the rest is for the rows."""
@@ -117,7 +119,7 @@ def product(
         left_step, tile_stride, length = element, I64(0), I64(k)
         split = _columns(columns, isa, kind)
         depth = I64(_depth(k, isa, panels(columns, isa, kind)[0]))
-    blocks, each, larger = _even(b, rows, isa)
+    blocks, tile = (_full_tiles if general else _even_tiles)(b, rows, isa)
     with counted(b, first_panel, last_panel, name="panel") as panel:
         start, width = split.place(b, panel)
         weights = at(b, packed, b.mul(start, b.mul(length, I64(isa.bytes))))
@@ -131,7 +133,7 @@ def product(
             factors = at(b, left, b.mul(done, left_step))
             block_weights = at(b, weights, b.mul(b.mul(done, width), I64(isa.bytes)))
             with counted(b, 0, blocks, name="rows") as block:
-                row, height = _tile(b, block, each, larger)
+                row, height = tile(block)
                 begin = b.mul(row, left_stride)
                 if general:
                     packed_left = b.icmp_signed("!=", tile_stride, I64(0))
@@ -248,9 +250,9 @@ def pack_left(module: ir.Module, isa: Isa, kind: ir.Type) -> ir.Function:
     packed, tile_stride, left, left_stride, left_step, rows, length = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
     step = I64(isa.tile[0] * (isa.bytes // _lanes(isa, kind)))
-    blocks, each, larger = _even(b, rows, isa)
+    blocks, tile = _full_tiles(b, rows, isa)
     with counted(b, 0, length, _CHUNK, name="chunk") as k, counted(b, 0, blocks, name="tile") as block:
-        row, height = _tile(b, block, each, larger)
+        row, height = tile(block)
         target = at(b, at(b, packed, b.mul(block, tile_stride)), b.mul(k, step))
         source = at(b, at(b, left, b.mul(row, left_stride)), b.mul(k, left_step))
         count = intrinsic(b, "llvm.smin.i64", I64, [I64(_CHUNK), b.sub(length, k)])
@@ -324,6 +326,11 @@ class _Columns:
     shapes: list[tuple[int, int]]
     after: list[int]
 
+    @property
+    def general(self) -> bool:
+        """Whether the columns are known only when it runs."""
+        return len(self.shapes) != len(self.after) + 1
+
     def place(self, b: ir.IRBuilder, panel: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The first vector of a panel and how many it has."""
         start = b.add(b.mul(panel, self.narrow), intrinsic(b, "llvm.smin.i64", I64, [panel, self.wide]))
@@ -331,7 +338,7 @@ class _Columns:
 
     def shape(self, b: ir.IRBuilder, panel: ir.Value) -> ir.Value:
         """Which of the shapes a panel has."""
-        if len(self.shapes) == len(self.after) + 1:
+        if not self.general:
             found = I64(len(self.shapes) - 1)
             for index, after in reversed(list(enumerate(self.after))):
                 found = b.select(b.icmp_signed("<", panel, I64(after)), I64(index), found)
@@ -376,28 +383,37 @@ def _call_by_shape(
     highest = isa.tile[0]
     end = b.append_basic_block("called")
     choice = b.switch(b.add(b.mul(columns.shape(b, panel), I64(highest)), rows), end)
-    general = len(columns.shapes) > len(columns.after) + 1
     for index, (vectors, tail) in enumerate(columns.shapes):
         for height in range(1, highest + 1):
             block = b.append_basic_block(f"call.{height}x{vectors}")
             choice.add_case(I64(index * highest + height), block)
             b.position_at_end(block)
-            b.call(micro_kernel(b.module, isa, kind, height, vectors, tail, general), arguments)
+            b.call(micro_kernel(b.module, isa, kind, height, vectors, tail, columns.general), arguments)
             b.branch(end)
     b.position_at_end(end)
 
 
-def _even(b: ir.IRBuilder, rows: ir.Value, isa: Isa) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Rows cut into tiles: how many, the rows of each, and how many of them have one row more."""
+def _even_tiles(b: ir.IRBuilder, rows: ir.Value, isa: Isa) -> tuple[ir.Value, Tile]:
+    """Rows cut into tiles of about one size: how many tiles, and the first row and the rows of each."""
     blocks = _ceil(b, rows, isa.tile[0])
     each = b.udiv(rows, intrinsic(b, "llvm.umax.i64", I64, [blocks, I64(1)]))
-    return blocks, each, b.sub(rows, b.mul(each, blocks))
+    larger = b.sub(rows, b.mul(each, blocks))
+
+    def tile(block: ir.Value) -> tuple[ir.Value, ir.Value]:
+        row = b.add(b.mul(block, each), intrinsic(b, "llvm.smin.i64", I64, [block, larger]))
+        return row, b.add(each, b.zext(b.icmp_signed("<", block, larger), I64))
+
+    return blocks, tile
 
 
-def _tile(b: ir.IRBuilder, block: ir.Value, each: ir.Value, larger: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The first row of a tile and how many it has."""
-    row = b.add(b.mul(block, each), intrinsic(b, "llvm.smin.i64", I64, [block, larger]))
-    return row, b.add(each, b.zext(b.icmp_signed("<", block, larger), I64))
+def _full_tiles(b: ir.IRBuilder, rows: ir.Value, isa: Isa) -> tuple[ir.Value, Tile]:
+    """Rows cut into full tiles and a last one: the same for a row in whatever share of all rows it is."""
+
+    def tile(block: ir.Value) -> tuple[ir.Value, ir.Value]:
+        row = b.mul(block, I64(isa.tile[0]))
+        return row, intrinsic(b, "llvm.smin.i64", I64, [I64(isa.tile[0]), b.sub(rows, row)])
+
+    return _ceil(b, rows, isa.tile[0]), tile
 
 
 def _ceil(b: ir.IRBuilder, number: ir.Value, divisor: int) -> ir.Value:

@@ -136,6 +136,9 @@ class RowCode:
             registers.append(self._operation(op, [operand(a) for a in op.operands]))
         for register, access in item.stores:
             self._write(registers[register], access, rows[access.buffer], where, rest)
+        for register, access in item.sums:
+            before = self._read(access, rows[access.buffer], where, rest)
+            self._write(b.fadd(before, registers[register]), access, rows[access.buffer], where, rest)
         for place, (register, kind, access) in zip(self.sums if item.reductions else [], item.reductions, strict=True):
             value = registers[register]
             if rest is not None:
@@ -371,7 +374,7 @@ def divides(item: Item) -> bool:
 def accesses(item: Map | Contract) -> list[Access]:
     if isinstance(item, Contract):
         return [*item.reads, item.out]
-    return [*reads_of(item), *(a for _, a in item.stores), *(a for _, _, a in item.reductions)]
+    return [*reads_of(item), *(a for _, a in (*item.stores, *item.sums)), *(a for _, _, a in item.reductions)]
 
 
 def least(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:

@@ -113,6 +113,8 @@ class Values:
                 raise UnsupportedError(f"{name} is the number {value.number}, which has no place in memory.")
             value.buffer = self.new_buffer(name, "batch", value.meta)
             self.store(value, Access(value.buffer, 0, self.own_strides(self.map_of(value).shape)))
+        if value.buffer.kind == "thread":
+            raise UnsupportedError(f"{name} is a sum over rows, which is known only after the last of them.")
         return value.buffer
 
     def store(self, value: Value, access: Access) -> None:
