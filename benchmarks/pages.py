@@ -67,7 +67,7 @@ def rivals(result: Any) -> Table:
     """Forward / training of every rival, at MAIN."""
     yield "", *RIVALS.values(), "training, best other against elman"
     for cell, times in main_rows(result).items():
-        shown = [" / ".join(milliseconds(times.get(way, {}), mode) for mode in MODES) for way in RIVALS]
+        shown = [" / ".join(milliseconds(times[w], m) for m in MODES) if w in times else "–" for w in RIVALS]
         best = times[best_other(times)]["training"]["min"] / times["elman"]["training"]["min"]
         yield cell, *shown, f"{best:.2f}×"
 
@@ -126,7 +126,7 @@ def picture(result: Any, path: Path) -> None:
     axes.set_title(
         f"T·B·H {written(MAIN)}, float32, {threads(result)} threads, {result['machine']['processor']}", fontsize=9
     )
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
 

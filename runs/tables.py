@@ -1,4 +1,4 @@
-"""Writes the tables of docs/experiments.md and docs/choose-a-cell.md anew from the results that are kept.
+"""Writes the tables of docs/experiments.md, docs/choose-a-cell.md and docs/slow.md anew from the results that are kept.
 
     python runs/tables.py
 
@@ -17,7 +17,7 @@ from kept import DOCS, RESULTS
 
 __all__ = ["PAGES", "TABLES", "renewed"]
 
-PAGES = (DOCS / "choose-a-cell.md", DOCS / "experiments.md")
+PAGES = (DOCS / "choose-a-cell.md", DOCS / "experiments.md", DOCS / "slow.md")
 PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->)\n+(?:\|.*\n)*\n*")
 Table = Iterable[Iterable[object]]
 
@@ -106,6 +106,12 @@ def cells(result: Any) -> Table:
         yield f"`{spec}`", row["units"], row["adding"] or "< 0.0001", row["copy"], row["text"]
 
 
+def pairs(result: Any) -> Table:
+    yield "written so", "ms", "or so", "ms", "ratio"
+    for row in result["rows"]:
+        yield row["slow"], row["ms"][0], row["fast"], row["ms"][1], row["ratio"]
+
+
 TABLES: dict[tuple[str, str], Callable[[Any], Table]] = {
     ("choose_a_cell", "cells"): cells,
     ("jordan", "speed"): speed,
@@ -120,6 +126,7 @@ TABLES: dict[tuple[str, str], Callable[[Any], Table]] = {
     ("fill_in_the_blank", "filled"): filled,
     ("untied", "error"): error,
     ("sequence_autoencoder", "rebuilt"): rebuilt,
+    ("slow_cells", "pairs"): pairs,
 }
 
 

@@ -77,7 +77,7 @@ def row(cell: str, shape: tuple[int, ...], threads: int, **training: float) -> d
     return {"cell": cell, "shape": list(shape), "threads": threads, "milliseconds": times}
 
 
-RESULT = {
+RESULT: dict[str, Any] = {
     "rows": [
         row("LSTM", (64, 16, 64, 64), 2, elman=2, **{"torch.nn": 4}),
         row("LSTM", MAIN, 2, elman=10, **{"torch.nn": 9.0}),
@@ -111,6 +111,8 @@ def test_what_was_reached_is_computed_from_the_rows() -> None:
     assert found["first call, T 1024", "T 16", "less the step"].reached == pytest.approx(2)
     assert found["LSTM, memory", "nn.LSTM", written(MAIN)].reached == pytest.approx(0.5)
     assert found["call at T = 1, µs, LSTM", "the step itself", "B 1, 64 units"].reached == pytest.approx(40)
+    rows = [{**RESULT["rows"][1], "gemm gflops": {"oneDNN": 4000.0}}]  # a higher peak, beside the row itself
+    assert share_of_peak({**RESULT, "rows": rows})[written(MAIN), 2] == pytest.approx(operations / 10e-3 / 4000e9)
     assert geometric_mean([2, 8]) == pytest.approx(4)
 
 
@@ -187,7 +189,7 @@ def test_tables_and_picture_are_made_from_a_result(tmp_path: Path, monkeypatch: 
     made = pages.renewed(page, result)
     assert pages.renewed(made, result) == made
     assert "| old |" not in made
-    assert "| peephole LSTM | 4.0 / 12.0 | – / – | – / – | 40.0 / 120.0 | – / – | 8.0 / 24.0 | 2.00× |" in made
+    assert "| peephole LSTM | 4.0 / 12.0 | – | – | 40.0 / 120.0 | – | 8.0 / 24.0 | 2.00× |" in made
     assert "| LSTM | nn.LSTM | ≥ 1.05 | 0.90 | the least, 128·32·256 |" in made
     assert made.endswith("b\n")
     one, other = tmp_path / "one.svg", tmp_path / "other.svg"

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
-PAGES = [ROOT / "docs" / name for name in ("choose-a-cell.md", "experiments.md")]
+PAGES = [ROOT / "docs" / name for name in ("choose-a-cell.md", "experiments.md", "slow.md")]
 SCRIPTS = sorted(path.stem for path in RUNS.glob("*.py") if path.stem != "kept")
 SLOW = ("choose_a_cell",)
 """More than ten seconds even with --quick."""

@@ -21,7 +21,7 @@ from .beside import STEPS, Jax, NoJax, jax_beside
 from .cells import CELLS, COMPOSED
 from .extras import denormal, one_step, unrolled
 from .rivals import Rival, agree, rivals, verify
-from .timing import alternate, gemm_peak, significant, summary, threads
+from .timing import alternate, gemm_peak, gemms, gflops, milliseconds, significant, summary, threads
 
 __all__ = ["MAIN", "SHAPES", "Plan", "Shape", "measure", "written"]
 
@@ -45,6 +45,9 @@ MAIN: Shape = (128, 32, 256, 256)
 SMALL: Shape = (16, 16, 64, 64)
 """Short enough for torch.compile to take the whole unrolled loop."""
 
+RESERVED = 150.0
+"""Seconds for what is measured after the rows."""
+
 CLOSE = 2e-3
 """Largest deviation from the loop by hand in float32, relative to the largest value: sums over all rows and steps."""
 
@@ -58,6 +61,8 @@ class Plan:
     counts: tuple[int, ...] = (1, 2)
     seconds: float = 0.8
     """That the turns of one row take, where three turns do not take longer."""
+    minutes: float = 12.0
+    """That all of it may take: rows that come late take fewer turns, and the last unrolled loops are left out."""
     extras: bool = True
     quick: bool = False
 
@@ -74,6 +79,7 @@ class Plan:
 def measure(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Everything, with the lines that say it handed to ``say``. Raises WrongNumbers where rivals disagree."""
     begun, most = time.perf_counter(), max(plan.counts)
+    end = begun + 60 * plan.minutes
     peak = gemm_peak(plan.counts, 2 if plan.quick else 9, 256 if plan.quick else 2048)
     deviations = {name: verify(name) for name in plan.cells}
     say(f"largest deviation from the loop by hand, float64, outputs and gradients: {max(deviations.values()):.0e}")
@@ -89,18 +95,23 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
             everyone = shape == MAIN and count == most
             with threads(count), _jax(count, result) if everyone else nullcontext() as jax:
                 for name in plan.cells:
-                    rows.append(_row(name, shape, count, plan, everyone, jax))
+                    left = len(plan.shapes) * len(plan.counts) * len(plan.cells) - len(rows)
+                    share = (end - RESERVED - time.perf_counter()) / left
+                    rows.append(_row(name, shape, count, (plan.seconds, share), everyone, jax))
                     say(_line(rows[-1]))
     if plan.extras and not plan.quick:
         with threads(most):
-            _last_of_all(plan, most, result, say)
+            _last_of_all(plan, most, end, result, say)
     after = gemm_peak(plan.counts, 2 if plan.quick else 9, 256 if plan.quick else 2048)
     result["gemm gflops"] = {n: {way: max(peak[n][way], after[n][way]) for way in peak[n]} for n in peak}
     result["minutes"] = significant((time.perf_counter() - begun) / 60, 2)
     return result
 
 
-def _row(name: str, shape: Shape, count: int, plan: Plan, everyone: bool, jax: Jax | None) -> dict[str, Any]:
+def _row(
+    name: str, shape: Shape, count: int, time_of_row: tuple[float, float], everyone: bool, jax: Jax | None
+) -> dict[str, Any]:
+    """Times of all rivals. ``time_of_row``: the seconds that its turns should take, and those that there are for it."""
     steps, batch, inputs, hidden = shape
     ways = ("elman", "torch.nn", "eager") + (("interpret", "compiled step") if everyone else ())
     found = rivals(name, inputs, hidden, ways)
@@ -115,10 +126,19 @@ def _row(name: str, shape: Shape, count: int, plan: Plan, everyone: bool, jax: J
     if jax is not None and name in STEPS:
         row["jax compile seconds"] = significant(jax.load(name, found["eager"], xs, weight))
         calls |= {("JAX", mode): partial(jax.milliseconds, mode) for mode in ("forward", "training")}
-    times = alternate(calls, plan.seconds, least=2 if plan.quick else 3, most=15)
+    if name == "LSTM" and hidden >= 256:  # the peak that it is held against, under the same conditions
+        calls |= {(way, "peak"): partial(milliseconds, call) for way, call in gemms().items()}
+    for (_, mode), call in calls.items():
+        if mode == "forward":  # training has run already, to be compared
+            call()
+    wanted, share = time_of_row
+    times = alternate(calls, min(wanted, share), least=3 if share >= wanted else 2, warm=0)
     row["milliseconds"] = {}
     for (way, mode), each in times.items():
-        row["milliseconds"].setdefault(way, {})[mode] = summary(each)
+        if mode == "peak":
+            row.setdefault("gemm gflops", {})[way] = gflops(each)
+        else:
+            row["milliseconds"].setdefault(way, {})[mode] = summary(each)
     del found, calls
     gc.collect()
     return row
@@ -166,7 +186,7 @@ def _first_of_all(plan: Plan, result: dict[str, Any], say: Callable[[str], None]
     say(f"gradients that underflow, training step against an ordinary one: {_figures(result['denormal'], '×')}")
 
 
-def _last_of_all(plan: Plan, most: int, result: dict[str, Any], say: Callable[[str], None]) -> None:
+def _last_of_all(plan: Plan, most: int, end: float, result: dict[str, Any], say: Callable[[str], None]) -> None:
     """What is measured once, in processes of its own or with torch.compile."""
     say("")
     result["memory"] = []
@@ -178,7 +198,10 @@ def _last_of_all(plan: Plan, most: int, result: dict[str, Any], say: Callable[[s
     for label, cells in result["first call ms"].items():
         say(f"first training step, {label}: {_figures({n: c['first'] for n, c in cells.items()}, ' ms')}")
     result["unrolled"] = []
-    for name in (name for name in COMPOSED if name in plan.cells):
+    for name in COMPOSED:
+        if time.perf_counter() > end:
+            say(f"unrolled in torch.compile, {name}: left out, for the {plan.minutes:g} minutes are over")
+            continue
         row = unrolled(name, SMALL, plan.seconds)
         result["unrolled"].append(row)
         say(

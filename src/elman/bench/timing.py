@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["alternate", "gemm_peak", "milliseconds", "significant", "summary", "threads"]
+__all__ = ["alternate", "gemm_peak", "gemms", "gflops", "milliseconds", "significant", "summary", "threads"]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -77,16 +77,31 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def gemm_peak(counts: tuple[int, ...], turns: int = 9, size: int = 2048) -> dict[str, dict[str, float]]:
-    """GFLOP/s of a square matrix product in float32 by number of threads: torch.mm and, where it is, oneDNN."""
+GEMM = 2048
+"""Rows and columns of the matrices whose product is the measure of a peak."""
+
+
+def gemms(size: int = GEMM) -> dict[str, Callable[[], Any]]:
+    """A square matrix product in float32: torch.mm and, where it is, oneDNN, which gets its matrix packed."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    ways: dict[str, Callable[[], Any]] = {"torch.mm": lambda: torch.mm(a, b)}
+    ways: dict[str, Callable[[], Any]] = {"torch.mm": partial(torch.mm, a, b)}
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
-        ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+        ways["oneDNN"] = partial(torch.ops.mkldnn._linear_pointwise, a, packed, None, "none", [], "")
+    return ways
+
+
+def gflops(times: list[float], size: int = GEMM) -> float:
+    """GFLOP/s of the fastest of such products, which took so many milliseconds."""
+    return significant(2 * size**3 / min(times) / 1e6)
+
+
+def gemm_peak(counts: tuple[int, ...], turns: int = 9, size: int = GEMM) -> dict[str, dict[str, float]]:
+    """GFLOP/s of the products, by number of threads and way."""
+    ways = {way: partial(milliseconds, call) for way, call in gemms(size).items()}
     found = {}
     for count in counts:
         with threads(count):
-            times = alternate({way: partial(milliseconds, call) for way, call in ways.items()}, 2.0, turns, turns)
-        found[str(count)] = {way: significant(2 * size**3 / min(each) / 1e6) for way, each in times.items()}
+            times = alternate(ways, 0.0, turns, turns)
+        found[str(count)] = {way: gflops(each, size) for way, each in times.items()}
     return found

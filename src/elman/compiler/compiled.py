@@ -48,8 +48,14 @@ class Differentiated:
 def _runner(program: Program, name: str, ragged: bool, kernels: bool) -> Runner:
     if not kernels or not program.loops:
         return compile_program(program, name, ragged)
+    from .llvm.kernels import Refused
+
     made = kernels_of(program)
-    return compile_program(made.program, name, ragged, made)
+    while True:
+        try:
+            return compile_program(made.program, name, ragged, made)
+        except Refused as loop:
+            made.leave(loop.at)
 
 
 def kernels_of(program: Program) -> Kernels:

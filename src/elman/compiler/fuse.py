@@ -1,13 +1,14 @@
 """Pointwise work around a loop moves into it, where a kernel does it while the numbers are at hand.
 
 The program takes out of a loop whatever need not wait for a state. That is right for products, which run best over
-all rows at once; but a pointwise operation, a norm or a sum over rows costs its way through memory more than its arithmetic.
+all rows at once; a pointwise operation, a norm or a sum over rows costs its way through memory more than its arithmetic.
 In front of a loop, what is computed for it *sinks* into it; what follows it and reads it is *absorbed*, sums over rows
 with it, which are then kept up from step to step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 
 import torch
@@ -31,12 +32,16 @@ _ROWWISE = {
 }  # fmt: skip
 
 
-def fused(program: Program) -> Program:
-    """The same program with pointwise work inside its loops; segments keep products and what stands between them."""
+def fused(program: Program, alone: Set[int] = frozenset()) -> Program:
+    """The same program with pointwise work inside its loops; segments keep products and what stands between them.
+
+    Loops that are ``alone``, by their places among the loops, stay as they are.
+    """
     parts = [replace(part, nodes=list(part.nodes)) for part in program.parts]
     order = {node: i for i, node in enumerate(program.step.graph.nodes)}
+    loops = [at for at, part in enumerate(parts) if isinstance(part, Loop)]
     for at, part in enumerate(parts):
-        if isinstance(part, Loop):
+        if at in loops and loops.index(at) not in alone:
             inside = set(part.nodes)
             _sink(parts[:at], parts[at + 1 :], inside, program)
             _absorb(parts[at + 1 :], inside)

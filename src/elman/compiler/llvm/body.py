@@ -54,7 +54,7 @@ def body_of(step: Step, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) ->
     graph.output(tuple(env[n] for n in outputs))
     values = [n.meta["val"] for n in outside]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
-    with explained("a loop cannot be taken apart"), mode, torch.no_grad():
+    with explained("a loop cannot be taken apart"), mode, torch.no_grad(), fx.traceback.preserve_node_meta():
         traced = make_fx(fx.Interpreter(fx.GraphModule(step.root, graph)).run, decomposition_table=_table())(*values)
     traced.graph.eliminate_dead_code()
     inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
@@ -79,6 +79,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table = {**core_decompositions(), **{op: decomposition_table[op] for op in more if op in decomposition_table}}
     table |= {
         aten.native_layer_norm.default: _layer_norm,
+        aten.max.dim: lambda x, dim, keepdim=False: (x.amax(dim, keepdim), x.argmax(dim, keepdim)),
         aten._softmax.default: _softmax,
         aten._log_softmax.default: _log_softmax,
         aten.logsumexp.default: _logsumexp,

@@ -78,6 +78,8 @@ class _Lowering(Products, Ends):
             self.product(node)
         elif name in ("bmm", "baddbmm"):
             self.batched(node)
+        elif name == "arange":
+            self._arange(node)
         elif name == "argmax":
             self._argmax(node)
         elif name == "embedding":
@@ -173,6 +175,15 @@ class _Lowering(Products, Ends):
         self.map_at(index).sums.append((register, Access(buffer, 0, self.own_strides(self.map_at(index).shape))))
         self.values[node] = Value(self.canonical(node.meta["val"]), index + 1, buffer)
 
+    def _arange(self, node: fx.Node) -> None:
+        """Whole numbers, evenly apart along the features."""
+        like = self.canonical(node.meta["val"])
+        start, _, step = {1: (0, 0, 1), 2: (*node.args, 1), 3: node.args}[len(node.args)]
+        if like.dtype != torch.int64:
+            raise self.refuse(node, "arange of numbers that are not whole")
+        op = Op("arange", (start, step), (), like.dtype, location(node))
+        self.operation(node, op, like, self.map_over(self.shape_of(like), 0))
+
     def _argmax(self, node: fx.Node) -> None:
         source, dim, _ = (*arguments(node), None, False)[:3]
         if dim is None:
@@ -203,10 +214,10 @@ class _Lowering(Products, Ends):
         """A reduction over dimensions in the middle: its own item."""
         value, view = self.resolve(source)
         rows = self.rows(view)
-        if rows is None or rows[1] != 1:
+        if rows is None:
             raise self.refuse(node, kind)
-        feature = view.movedim(rows[0], 0)[0]
-        gone = [d - (d > rows[0]) for d in over]
+        feature = view.unflatten(rows[0], (self.unit, rows[1])).movedim((rows[0], rows[0] + 1), (0, 1))[0]
+        gone = [d + (d < rows[0]) for d in over]  # the rows' own k come first
         order = [[d for d in range(feature.dim()) if d not in gone], gone]
         kept, gone = ([d for d in some if feature.shape[d] != 1] for some in order)
         shape, inner = (tuple(int(feature.shape[d]) for d in some) for some in (kept, gone))

@@ -1,7 +1,7 @@
 """Matrix products of any shape, out = init + left right, on the micro-kernels of ``product``: compiled once, for all.
 
-Columns and k are cut into blocks whose packed ``right`` stays in the last-level cache. Within a block every thread takes
-some rows (or, where there are few, some panels), and of those as many at a time as its second-level cache holds:
+Columns and k are cut into blocks whose packed ``right`` stays in the last-level cache. Within a block every thread
+takes some rows (or, where there are few, some panels), and of those as many at a time as its own cache holds:
 
     for block of N:  for block of K:
         pack right[block of K, block of N], shared by the threads
@@ -9,13 +9,15 @@ some rows (or, where there are few, some panels), and of those as many at a time
             pack left[block of rows, block of K], unless it is read as it lies
             product
 
-The order in which an element is summed depends on the shapes alone: not on who does it, nor on how many threads share.
+The order in which an element is summed depends on the shapes alone: not on who does it, nor on how many share.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,6 +43,8 @@ _RIGHT_BYTES = 8 << 20  # of right in a block
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
 _FEW = 8  # columns or k below which torch.mm is faster, and half of the rows
 _LITTLE = 1 << 20  # multiplications below which the call itself weighs too much
+_FROM_SYSTEM = 32 << 20  # bytes from which on the C library keeps no memory for later
+_HUGE = 2 << 20  # bytes of a large page
 _KEPT_BYTES = 64 << 20  # of scratch that stays for later calls
 
 # What a call is told, in the order of its words.
@@ -101,11 +105,31 @@ def _result(left: Tensor, right: Tensor, init: Tensor | None, out: Tensor | None
     if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
         raise InputError(f"multiply takes (M, K) and (K, N), got {tuple(left.shape)} and {tuple(right.shape)}.")
     shape = (left.shape[0], right.shape[1])
+    if init is not None:
+        pairs = zip(reversed(init.shape), reversed(shape), strict=False)
+        if init.dim() > 2 or any(n not in (1, size) for n, size in pairs):
+            raise InputError(f"init must expand to {shape}, got {tuple(init.shape)}.")
     if out is None:
-        return torch.empty(shape, dtype=left.dtype)
+        return _fresh(shape, left.dtype)
     if out.shape != shape:
-        raise InputError(f"out= must be {shape} for {tuple(left.shape)} times {tuple(right.shape)}: {tuple(out.shape)}")
+        raise InputError(f"out must be {shape}, got {tuple(out.shape)}.")
     return out
+
+
+def _fresh(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A new tensor. One so large that its pages come from the system, each with a fault, asks for few large pages."""
+    made = torch.empty(shape, dtype=dtype)
+    first, end = -(-made.data_ptr() // _HUGE) * _HUGE, (made.data_ptr() + made.nbytes) // _HUGE * _HUGE
+    if made.nbytes >= _FROM_SYSTEM and first < end and hasattr(mmap, "MADV_HUGEPAGE"):
+        _madvise()(first, end - first, mmap.MADV_HUGEPAGE)  # a wish: that it may be refused changes nothing
+    return made
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Callable[[int, int, int], int]:
+    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)(
+        ("madvise", ctypes.CDLL(None))
+    )
 
 
 def _isa() -> Isa:

@@ -55,7 +55,10 @@ _SQUARE = 8
 """Largest side of the squares that are transposed in registers while packing."""
 
 _CHUNK = 32
-"""Rows of a matrix that are packed for all tiles before the next: as many as a cache takes whatever lies between."""
+"""Rows of a matrix that are packed whole before the next: as many as a cache takes, whatever lies between them."""
+
+_TOGETHER = 4
+"""Tiles of rows side by side that are packed at once, so that a cache line is read at once."""
 
 _ANY = -1
 """The tail of a micro-kernel that is told how many lanes there are."""
@@ -111,7 +114,7 @@ def product(
     out, out_stride, init, init_stride, left, left_stride, packed, rows, first_panel, last_panel, *more = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
     element = I64(isa.bytes // _lanes(isa, kind))
-    if general:
+    if k is None or columns is None:
         left_step, tile_stride, length, width_of_all = more
         split = _any_columns(b, isa, kind, width_of_all)
         depth = _any_depth(b, length, isa)
@@ -136,8 +139,7 @@ def product(
                 row, height = tile(block)
                 begin = b.mul(row, left_stride)
                 if general:
-                    packed_left = b.icmp_signed("!=", tile_stride, I64(0))
-                    begin = b.select(packed_left, b.mul(block, tile_stride), begin)
+                    begin = b.select(b.icmp_signed("!=", tile_stride, I64(0)), b.mul(block, tile_stride), begin)
                 arguments = [
                     at(b, target, b.mul(row, out_stride)), out_stride,
                     at(b, source, b.mul(row, source_stride)), source_stride,
@@ -216,7 +218,7 @@ def pack(module: ir.Module, isa: Isa, kind: ir.Type, k: int | None = None, colum
     packed, weight, k_stride, column_stride, first_panel, last_panel, *more = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
     lanes = _lanes(isa, kind)
-    if general:
+    if k is None or columns is None:
         length, width_of_all = more
         split = _any_columns(b, isa, kind, width_of_all)
     else:
@@ -251,13 +253,25 @@ def pack_left(module: ir.Module, isa: Isa, kind: ir.Type) -> ir.Function:
     b = ir.IRBuilder(made.append_basic_block("entry"))
     step = I64(isa.tile[0] * (isa.bytes // _lanes(isa, kind)))
     blocks, tile = _full_tiles(b, rows, isa)
-    with counted(b, 0, length, _CHUNK, name="chunk") as k, counted(b, 0, blocks, name="tile") as block:
-        row, height = tile(block)
-        target = at(b, at(b, packed, b.mul(block, tile_stride)), b.mul(k, step))
-        source = at(b, at(b, left, b.mul(row, left_stride)), b.mul(k, left_step))
+    strip = _pack_strip(module, isa, kind, isa.tile[0])
+    neighbours = b.icmp_signed("==", left_stride, I64(isa.bytes // _lanes(isa, kind)))
+    together = b.udiv(rows, I64(_TOGETHER * isa.tile[0]))
+    in_groups = b.select(neighbours, b.mul(together, I64(_TOGETHER)), I64(0))
+    with counted(b, 0, length, _CHUNK, name="chunk") as k:
         count = intrinsic(b, "llvm.smin.i64", I64, [I64(_CHUNK), b.sub(length, k)])
-        strip = _pack_strip(module, isa, kind, isa.tile[0])
-        b.call(strip, [target, step, source, left_step, left_stride, count, height])
+        goal, origin = at(b, packed, b.mul(k, step)), at(b, left, b.mul(k, left_step))
+        with counted(b, 0, in_groups, _TOGETHER, name="group") as block:
+            targets = _rows(b, at(b, goal, b.mul(block, tile_stride)), tile_stride, _TOGETHER)
+            source = at(b, origin, b.mul(block, step))
+            with counted(b, 0, count) as i:
+                line, further = at(b, source, b.mul(i, left_step)), b.mul(i, step)
+                parts = [load(b, place, vector(kind, isa.tile[0])) for place in _rows(b, line, step, _TOGETHER)]
+                for part, target in zip(parts, targets, strict=True):
+                    store(b, part, at(b, target, further))
+        with counted(b, in_groups, blocks, name="tile") as block:
+            row, height = tile(block)
+            target, source = at(b, goal, b.mul(block, tile_stride)), at(b, origin, b.mul(row, left_stride))
+            b.call(strip, [target, step, source, left_step, left_stride, count, height])
     b.ret_void()
     return made
 
@@ -371,13 +385,7 @@ def _any_columns(b: ir.IRBuilder, isa: Isa, kind: ir.Type, columns: ir.Value) ->
 
 
 def _call_by_shape(
-    b: ir.IRBuilder,
-    isa: Isa,
-    kind: ir.Type,
-    columns: _Columns,
-    panel: ir.Value,
-    rows: ir.Value,
-    arguments: list[ir.Value],
+    b: ir.IRBuilder, isa: Isa, kind: ir.Type, columns: _Columns, panel: ir.Value, rows: ir.Value, args: list[ir.Value]
 ) -> None:
     """Call the micro-kernel for the width of a panel and a number of rows, both known only when it runs."""
     highest = isa.tile[0]
@@ -388,7 +396,7 @@ def _call_by_shape(
             block = b.append_basic_block(f"call.{height}x{vectors}")
             choice.add_case(I64(index * highest + height), block)
             b.position_at_end(block)
-            b.call(micro_kernel(b.module, isa, kind, height, vectors, tail, columns.general), arguments)
+            b.call(micro_kernel(b.module, isa, kind, height, vectors, tail, columns.general), args)
             b.branch(end)
     b.position_at_end(end)
 

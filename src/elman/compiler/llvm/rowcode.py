@@ -133,7 +133,10 @@ class RowCode:
             return seen[given]
 
         for op in item.ops:
-            registers.append(self._operation(op, [operand(a) for a in op.operands]))
+            made = (
+                self._counted(where) if op.name == "arange" else self._operation(op, [operand(a) for a in op.operands])
+            )
+            registers.append(made)
         for register, access in item.stores:
             self._write(registers[register], access, rows[access.buffer], where, rest)
         for register, access in item.sums:
@@ -144,6 +147,13 @@ class RowCode:
             if rest is not None:
                 value = b.select(lanes_below(rest, self.lanes), value, constant(value.type, _NEUTRAL[kind]))
             b.store(_combine(b, kind, b.load(place, typ=self._vector(access.buffer.dtype)), value), place)
+
+    def _counted(self, index: Sequence[ir.Value], start: int, step: int) -> ir.Value:
+        """start + step · the number of the feature, in every lane."""
+        b, wide = self.b, vector(I64, self.lanes)
+        lanes = ir.Constant(wide, [ir.Constant(I64, i) for i in range(self.lanes)])
+        feature = b.add(splat(b, index[-1] if index else constant(I64, 0), self.lanes), lanes)
+        return b.add(constant(wide, start), b.mul(constant(wide, step), feature))
 
     def _operation(self, op: Op, operands: list[Any]) -> ir.Value:
         kind = KINDS[op.dtype]
