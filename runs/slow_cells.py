@@ -209,46 +209,14 @@ print(*times)
 """
 
 
-def alone(code: str, **environment: str) -> list[float]:
-    """What a process of its own prints."""
-    given = os.environ | environment
-    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True)
-    return [float(word) for word in done.stdout.split()]
-
-
 def first_calls() -> dict[str, float]:
     """Milliseconds of the first calls of a process, whose cache is empty or full."""
     with tempfile.TemporaryDirectory() as folder:
-        (cold, _), (warm, later) = (alone(FIRST, ELMAN_CACHE=folder, OMP_NUM_THREADS="1") for _ in range(2))
+        environment = os.environ | {"ELMAN_CACHE": folder, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", FIRST]
+        ran = [subprocess.run(command, env=environment, capture_output=True, check=True).stdout for _ in range(2)]
+    (cold, _), (warm, later) = (map(float, out.split()) for out in ran)
     return {"nothing on disk": cold, "machine code on disk": warm, "the second call": later}
-
-
-CROWDED = """
-import time, torch, elman
-cell, xs = elman.LSTMCell(16, 16), torch.randn(64, 4, 16)
-times = []
-for _ in range(30):
-    begun = time.perf_counter()
-    elman.scan(cell, xs)[0].square().sum().backward()
-    times.append(1e3 * (time.perf_counter() - begun))
-print(sorted(times)[15])
-"""
-
-
-def crowded() -> dict[str, float]:
-    """Milliseconds, in the median, of a small call on two threads, beside processes that keep all processors busy."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
-    ways: dict[str, dict[str, str]] = {
-        "two threads": {},
-        "two threads, OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
-        "one thread": {"OMP_NUM_THREADS": "1"},
-    }
-    try:
-        return {name: alone(CROWDED, **({"OMP_NUM_THREADS": "2"} | way))[0] for name, way in ways.items()}
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
 
 
 def main() -> None:
@@ -263,11 +231,10 @@ def main() -> None:
         ms = [significant(slow, 3), significant(fast, 3)]
         rows.append({"slow": names[0], "fast": names[1], "ms": ms, "ratio": significant(slow / fast, 2)})
         print(f"{'; '.join(names):54} {slow:8.2f} {fast:8.2f} {slow / fast:6.1f}")
-    others = {"first call, ms": first_calls(), "all processors busy, ms": {} if given.quick else crowded()}
-    found = {what: {name: significant(ms, 3) for name, ms in times.items()} for what, times in others.items()}
-    print(*(f"{what}: {times}" for what, times in found.items()), sep="\n")
+    first = {name: significant(ms, 3) for name, ms in first_calls().items()}
+    print(f"first call, ms: {first}")
     if not given.quick:
-        keep(given.out, {"rows": rows, **found})
+        keep(given.out, {"rows": rows, "first call, ms": first})
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ PARTLY = {
     "Bilinear": "_trilinear",
     "Convolution": "convolution",
     "Gathers": "gather",
-    "MultiHead": "max",
-    "Reductions": "max",
+    "Reductions": "scatter",
     "Shapes": "flip",
 }
 """Cells of the zoo with a loop that PyTorch's operations run, forward or backward, and one it has no code for."""

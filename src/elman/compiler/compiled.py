@@ -36,13 +36,14 @@ class Differentiated:
     def runners(self, ragged: bool, kernels: bool = False) -> tuple[Runner, Runner]:
         """Both directions, with machine code for the loops or without."""
         cache: dict[tuple[bool, bool], tuple[Runner, Runner]] = self.__dict__.setdefault("_runners", {})
-        if (ragged, kernels) not in cache:
-            # Two threads may write the same program; either will do.
-            cache[ragged, kernels] = (
-                _runner(self.forward, "forward", ragged, kernels),
-                _runner(self.adjoint, "backward", ragged, kernels),
-            )
-        return cache[ragged, kernels]
+        key = (ragged, kernels)
+        if key not in cache:
+            with tracing():  # machine code is traced once more
+                cache[key] = cache.get(key) or (
+                    _runner(self.forward, "forward", ragged, kernels),
+                    _runner(self.adjoint, "backward", ragged, kernels),
+                )
+        return cache[key]
 
 
 def _runner(program: Program, name: str, ragged: bool, kernels: bool) -> Runner:
@@ -115,9 +116,11 @@ class Compiled:
 
     def forward(self, ragged: bool, kernels: bool = False) -> Runner:
         """The program without a derivative, with machine code for the loops or without."""
-        if (ragged, kernels) not in self._forward:
-            self._forward[ragged, kernels] = _runner(self.program, "forward", ragged, kernels)
-        return self._forward[ragged, kernels]
+        key = (ragged, kernels)
+        if key not in self._forward:
+            with tracing():
+                self._forward[key] = self._forward.get(key) or _runner(self.program, "forward", ragged, kernels)
+        return self._forward[key]
 
     def derivative(self, needs_x: tuple[bool, ...], needs_weight: tuple[bool, ...]) -> Differentiated:
         """Programs that also give the gradients asked for."""

@@ -1,7 +1,7 @@
 """Pointwise work around a loop moves into it, where a kernel does it while the numbers are at hand.
 
 The program takes out of a loop whatever need not wait for a state. That is right for products, which run best over
-all rows at once; a pointwise operation, a norm or a sum over rows costs its way through memory more than its arithmetic.
+all rows at once; of a pointwise operation, a norm or a sum over rows the way through memory costs more than it does.
 In front of a loop, what is computed for it *sinks* into it; what follows it and reads it is *absorbed*, sums over rows
 with it, which are then kept up from step to step.
 """

@@ -24,7 +24,9 @@ from .isa import Isa, chosen
 from .items import Buffer, Lowered, Map, Product
 from .lower import lower
 
-__all__ = ["Kernel", "compile_loop"]
+__all__ = ["Kernel", "PrecisionError", "compile_loop"]
+
+_FLOATS = {torch.float32, torch.float64}
 
 _LINE = 64  # bytes of a cache line
 _WORK_OF_A_CALL = 2_000_000_000  # operations after which Python looks for an interrupt: some 20 milliseconds
@@ -32,6 +34,10 @@ _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
 _WORK_TO_MEET = 100_000  # operations of a step that are worth meeting after it
 _NEAR = 600_000  # bytes of weights that stay near a core
 _FEW = 4  # rows of a thread below which sharing the units is better
+
+
+class PrecisionError(UnsupportedError):
+    """Machine code computes in float32 and float64."""
 
 
 class Kernel:
@@ -164,6 +170,10 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
         raise UnsupportedError("there is no machine code for this processor.")
     if any(n.meta["val"].device.type != "cpu" for n in step.state):
         raise UnsupportedError("machine code is for tensors on the CPU.")
+    narrow = {v.dtype for n in loop.nodes if isinstance(v := n.meta["val"], Tensor) and v.is_floating_point()} - _FLOATS
+    if narrow:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
+        raise PrecisionError(f"machine code computes in float32 and float64; the step has {names}.")
     nexts = [step.next[i] for i in loop.carried]
     outputs = list(dict.fromkeys([*nexts, *stored]))
     body = body_of(step, loop.nodes, outputs)

@@ -10,7 +10,7 @@ from ...errors import UnfoldWarning, UnsupportedError
 from ..fuse import fused
 from ..program import Loop, Program
 from ..step import Step
-from .kernel import Kernel, compile_loop
+from .kernel import Kernel, PrecisionError, compile_loop
 
 __all__ = ["Kernels", "Refused"]
 
@@ -60,7 +60,8 @@ class Kernels:
                     raise Refused(at) from None
                 self._found[key] = None
                 self.missing[at] = str(error)
-                _warn(", ".join(step.state[i].name for i in loop.carried), str(error))
+                if not isinstance(error, PrecisionError):  # expected, and as fast as before
+                    _warn(", ".join(step.state[i].name for i in loop.carried), str(error))
         return self._found[key]
 
     def kernel_of(self, loop: Loop) -> Kernel | None:

@@ -133,10 +133,8 @@ class RowCode:
             return seen[given]
 
         for op in item.ops:
-            made = (
-                self._counted(where) if op.name == "arange" else self._operation(op, [operand(a) for a in op.operands])
-            )
-            registers.append(made)
+            operands = [operand(a) for a in op.operands]
+            registers.append(self._counted(where, *operands) if op.name == "arange" else self._operation(op, operands))
         for register, access in item.stores:
             self._write(registers[register], access, rows[access.buffer], where, rest)
         for register, access in item.sums:
