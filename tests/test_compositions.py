@@ -206,9 +206,6 @@ def cases(count: int) -> Any:
 
 
 by_both = pytest.mark.parametrize("backend", FAST)
-INTERPRETED = pytest.mark.filterwarnings("ignore:the loop over .*bfloat16 has no place:elman.errors.UnfoldWarning")
-"""Loops in bfloat16 have no machine code."""
-PRECISIONS = [pytest.param(False, id="float32"), pytest.param(True, id="bfloat16", marks=INTERPRETED)]
 
 
 @by_both
@@ -304,9 +301,7 @@ def test_masks_of_training(seed: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("seed", cases(QUICK // 3))
-@pytest.mark.parametrize(
-    "narrow", [pytest.param(False, id="float32"), pytest.param(True, id="bfloat16", marks=INTERPRETED)]
-)
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
 def test_single_and_half_precision(seed: int, narrow: bool) -> None:
     """No further from float64 than the plain loop is, up to what another order of sums may do."""
     cell, free = drawn(seed, width=8 if narrow else 128, depth=2)

@@ -32,7 +32,7 @@ _LINE = 64  # bytes of a cache line
 _WORK_OF_A_CALL = 2_000_000_000  # operations after which Python looks for an interrupt: some 20 milliseconds
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
 _WORK_TO_MEET = 100_000  # operations of a step that are worth meeting after it
-_NEAR = 600_000  # bytes of weights that stay near a core
+_NEAR = 1_200_000  # bytes of weights that stay near a core
 _FEW = 4  # rows of a thread below which sharing the units is better
 
 
