@@ -22,7 +22,7 @@ class MinGRUCell(GatedCell):
         h = u ⊙ h⁻ + (1 - u) ⊙ n
 
     x (B, D), state and output h (B, H). The gate is stacked before the candidate: ``weight_ih`` (2H, D), ``bias_ih``
-    (2H). The recurrence is affine, and runs in parallel over time. Keywords: ``squash`` (φ, by default the identity),
+    (2H). The recurrence is affine. Keywords: ``squash`` (φ, by default the identity),
     ``bias``, ``init``, ``device``, ``dtype``. Records "update" and "candidate".
 
     Raises OptionError for an unknown name or an impossible size.

@@ -21,7 +21,7 @@ class MinLSTMCell(GatedCell):
         h = f / (f + g) ⊙ h⁻ + g / (f + g) ⊙ n
 
     x (B, D), state and output h (B, H). Gates are stacked input g, forget f, candidate n: ``weight_ih`` (3H, D),
-    ``bias_ih`` (3H). The recurrence is affine, and runs in parallel over time. Keywords: ``squash`` (φ, by default
+    ``bias_ih`` (3H). The recurrence is affine. Keywords: ``squash`` (φ, by default
     the identity), ``bias``, ``init``, ``device``, ``dtype``. Records "forget", which is f / (f + g), and "candidate".
 
     Raises OptionError for an unknown name or an impossible size.

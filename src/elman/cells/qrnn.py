@@ -23,7 +23,7 @@ class QRNNCell(GatedCell):
 
     x (B, D) and x⁻ the input before, zero at first; state (x⁻ (B, D), s (B, H)), output h (B, H). Gates are stacked
     candidate, forget, output: ``weight_ih`` (3H, D) is U, ``weight_before`` (3H, D) V, ``bias_ih`` (3H) b. The
-    recurrence is affine, and runs in parallel over time. Keywords: ``squash`` (φ), ``bias``, ``init``, ``device``,
+    recurrence is affine. Keywords: ``squash`` (φ), ``bias``, ``init``, ``device``,
     ``dtype``. Records "candidate", "forget", "output" and "cell", which is s.
 
     Raises OptionError for an unknown name or an impossible size.

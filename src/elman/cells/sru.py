@@ -23,7 +23,7 @@ class SRUCell(GatedCell):
 
     x (B, D), state s and output h (B, H). Blocks are stacked forget, reset, candidate and, where D is not H, skip:
     ``weight_ih`` (3H or 4H, D), ``bias_ih`` likewise. ``peepholes`` adds the terms in v, ``weight_peephole`` (2, H);
-    without them the recurrence is affine, and runs in parallel over time. Keywords: ``squash`` (φ, by default the
+    without them the recurrence is affine. Keywords: ``squash`` (φ, by default the
     identity), ``bias``, ``init``, ``device``, ``dtype``. Records "forget", "reset" and "cell", which is s.
 
     Raises OptionError for an unknown name or an impossible size. Source: Lei et al. 2018, Simple recurrent units for

@@ -132,7 +132,9 @@ def _call(
     weights = program.weights(batch, [*tensors[b:c], *(rows.sort(leaf) for leaf in tensors[c:])], device.type)
     draws = program.draws(steps * batch, device) if draws is None else draws
     here = [pack(d) for d in draws]
-    call = Call(program, rows, reverse, chunk or None, (a, len(state), len(weights), len(here)), device)
+    call = Call(
+        program, rows, reverse, chunk or None, (a, len(state), len(weights), len(here)), device, device.type == "cpu"
+    )
     ys, final = run(call, [*xs, *state, *weights, *here])
     return [*(rows.unpack(y).flatten(0, 1) for y in ys), *(rows.unsort(s) for s in final)], draws
 

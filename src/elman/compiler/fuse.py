@@ -41,10 +41,10 @@ def fused(program: Program, alone: Set[int] = frozenset()) -> Program:
     order = {node: i for i, node in enumerate(program.step.graph.nodes)}
     loops = [at for at, part in enumerate(parts) if isinstance(part, Loop)]
     for at, part in enumerate(parts):
-        if at in loops and loops.index(at) not in alone:
+        if isinstance(part, Loop) and loops.index(at) not in alone:
             inside = set(part.nodes)
             _sink(parts[:at], parts[at + 1 :], inside, program)
-            _absorb(parts[at + 1 :], inside)
+            _absorb(parts[at + 1 :], inside, program, part)
             part.nodes = sorted(inside, key=order.__getitem__)
     return Program(program.step, program.invariant, [part for part in parts if part.nodes])
 
@@ -52,7 +52,10 @@ def fused(program: Program, alone: Set[int] = frozenset()) -> Program:
 def _sink(before: list[Segment | Loop], after: list[Segment | Loop], inside: set[fx.Node], program: Program) -> None:
     """Take from the segments before a loop what is computed for it alone, or for it and later parts."""
     later = {node for part in after for node in part.nodes}
-    outputs = set(program.step.outputs())
+    step = program.step
+    outputs = set(step.outputs())
+    # What a state becomes is wanted for all steps by whoever reads the state: earlier parts, or this very loop.
+    held = {node for node, state in zip(step.next, step.state, strict=True) if state.users}
     for part in reversed(before):
         if not isinstance(part, Segment):
             continue
@@ -60,19 +63,35 @@ def _sink(before: list[Segment | Loop], after: list[Segment | Loop], inside: set
             unit = _unit(node)
             users = _users(unit)
             elsewhere = not users <= inside or not outputs.isdisjoint(unit)
+            if not held.isdisjoint(unit):
+                continue
             if users & inside and users <= inside | later and not (elsewhere and _is_view(node)) and _moves(node):
                 inside.update(unit)
         part.nodes = [node for node in part.nodes if node not in inside]
 
 
-def _absorb(after: list[Segment | Loop], inside: set[fx.Node]) -> None:
+def _absorb(after: list[Segment | Loop], inside: set[fx.Node], program: Program, loop: Loop) -> None:
     """Take from the segments after a loop what reads it, and nothing that is not known by then."""
+    step = program.step
     unknown = {node for part in after for node in part.nodes}
+    own = {step.state[i] for i in loop.carried}
+    becomes = dict(zip(step.state, step.next, strict=True))
+
+    def known(node: fx.Node) -> bool:
+        """Whether a value is there before the loop, or is made in it; another state is, once all it becomes is."""
+        seen = set()
+        while node in becomes and node not in own and node not in seen:
+            seen.add(node)
+            node = becomes[node]
+            if node in inside:
+                return False
+        return node not in unknown
+
     taken: dict[fx.Node, list[fx.Node]] = {}
     for part in after:
         for node in part.nodes if isinstance(part, Segment) else ():
             reads = set(node.all_input_nodes)
-            if reads & inside and not reads & unknown and (_moves(node) or _sums_rows(node)):
+            if reads & inside and all(map(known, reads)) and (_moves(node) or _sums_rows(node)):
                 taken[node] = _unit(node)
                 inside.update(taken[node])
                 unknown.difference_update(taken[node])

@@ -74,7 +74,7 @@ class LoopWriter:
         return [
             n
             for n in outside
-            if n.op == "call_function" and is_varying(n) and out_variant(n) and rows_of_node(n) == (0, 1)
+            if n.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and rows_of_node(n) == (0, 1)
             and n not in kept and n not in wide and all(user in self.inside for user in n.users)
         ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Pass 4, plan: every loop as a short list of stages, the form that kernels are generated from.
+"""Pass 4, plan: every loop as a short list of stages, the summary of what it does.
 
 A stage is products with weights, then pointwise operations, then reductions over the features of a row. A product
 starts a new stage when it reads what the stage before computed; so does whatever reads a reduction. An LSTM is one

@@ -58,10 +58,18 @@ def body_of(step: Step, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) ->
         traced = make_fx(fx.Interpreter(fx.GraphModule(step.root, graph)).run, decomposition_table=_table())(*values)
     traced.graph.eliminate_dead_code()
     inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    for node, outer in zip(inputs, outside, strict=True):
-        node._rename(outer.name)
     results = list(arguments(traced.graph.output_node())[0])
+    _rename(traced.graph, dict(zip([*inputs, *results], [*outside, *outputs], strict=True)))
     return Body(traced.graph, traced, outside, inputs, list(outputs), results, step.unit)
+
+
+def _rename(graph: fx.Graph, outer: dict[fx.Node, fx.Node]) -> None:
+    """Give the ends of a graph the names that they have in the step, and other nodes what is left."""
+    names = {node: node.name for node in graph.nodes if node.op != "output"}
+    for i, node in enumerate(names):  # first out of the way, for they may be each other's
+        node._rename(f"renamed_{i}")
+    for node in sorted(names, key=lambda node: node not in outer):
+        node._rename(outer[node].name if node in outer else names[node])
 
 
 @lru_cache(maxsize=1)

@@ -15,10 +15,11 @@ Placed = dict[fx.Node, tuple[fx.Node, int, int]]
 """A stored value, and the input in whose columns it stands: from the second number on, so many."""
 
 
-def place(lowered: Lowered, spent: Mapping[int, fx.Node], stored: Sequence[fx.Node]) -> Placed:
+def place(lowered: Lowered, spent: Mapping[int, fx.Node], stored: Sequence[fx.Node | None]) -> Placed:
     """Choose which stored values go in place of inputs, by the inputs' numbers, that nobody reads afterwards.
 
-    A row of an input is spent when the last item that reads it is done with it; what later items store fits there.
+    ``stored`` are the values by number, None for those that need memory of their own. A row of an input is spent when
+    the last item that reads it is done with it; what later items store fits there.
     """
     placed: Placed = {}
     outputs = [b for b in lowered.buffers if b.role == "output"]
@@ -29,7 +30,13 @@ def place(lowered: Lowered, spent: Mapping[int, fx.Node], stored: Sequence[fx.No
         column = 0
         for output in outputs:
             node = stored[output.number]
-            if node in placed or output.dtype != buffer.dtype or column + output.row > buffer.row or output.row < 2:
+            if (
+                node is None
+                or node in placed
+                or output.dtype != buffer.dtype
+                or column + output.row > buffer.row
+                or output.row < 2
+            ):
                 continue
             if rows_of_node(node) != (0, 1) or not _only_after(output, lowered.items, last):
                 continue

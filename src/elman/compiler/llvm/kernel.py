@@ -170,7 +170,8 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
         raise UnsupportedError("there is no machine code for this processor.")
     if any(n.meta["val"].device.type != "cpu" for n in step.state):
         raise UnsupportedError("machine code is for tensors on the CPU.")
-    narrow = {v.dtype for n in loop.nodes if isinstance(v := n.meta["val"], Tensor) and v.is_floating_point()} - _FLOATS
+    read = (n for node in loop.nodes for n in (node, *node.all_input_nodes))
+    narrow = {v.dtype for n in read if isinstance(v := n.meta["val"], Tensor) and v.is_floating_point()} - _FLOATS
     if narrow:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
         raise PrecisionError(f"machine code computes in float32 and float64; the step has {names}.")
@@ -187,7 +188,8 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
     carried = {step.state[i] for i in loop.carried}
     varying = {n for n in body.outside if is_varying(n) and n not in carried}
     lowered = lower(body, states, list(stored), varying)
-    placed = place(lowered, {body.outside.index(n): n for n in spent}, list(stored))
+    handed = {*step.ys, *step.next}  # to the user, who may change it in place: it has memory of its own
+    placed = place(lowered, {body.outside.index(n): n for n in spent}, [None if n in handed else n for n in stored])
     return Kernel(lowered, body.outside, placed, isa)
 
 

@@ -29,6 +29,7 @@ _VIEWS = {
     "split", "split_with_sizes", "unbind", "alias", "detach", "unflatten", "flatten", "chunk", "movedim",
 }  # fmt: skip
 _REDUCTIONS = {"sum": "sum", "amax": "max", "amin": "min", "prod": "prod"}
+_OF_FLOATS = {"mm", "addmm", "bmm", "baddbmm", "argmax"}
 _FILLS = {"full", "scalar_tensor", "zeros", "ones", "full_like", "zeros_like", "ones_like"}
 
 
@@ -74,6 +75,8 @@ class _Lowering(Products, Ends):
             self.values[node] = Value(self.canonical(value), number=self._fill(node, name))
         elif not isinstance(value, Tensor) or value.dtype not in DTYPES:
             raise self.refuse(node, name)
+        elif name in _OF_FLOATS and not all(n.meta["val"].is_floating_point() for n in node.all_input_nodes):
+            raise self.refuse(node, f"{name} of whole numbers")
         elif name in ("mm", "addmm"):
             self.product(node)
         elif name in ("bmm", "baddbmm"):
@@ -127,13 +130,16 @@ class _Lowering(Products, Ends):
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         view = self.resolve(source)[1]
         dims: Any = node.args[1] if len(node.args) > 1 else []
-        if node.meta["val"].dtype != source.meta["val"].dtype or not view.is_floating_point():
+        if kind == "sum" and source.meta["val"].dtype == torch.bool:  # counting
+            source = self._counts(node, source)
+            view = self.resolve(source)[1]
+        elif node.meta["val"].dtype != view.dtype or not view.is_floating_point():
             raise self.refuse(node, f"{kind} of whole numbers")
         rows = self.rows(view)
         every = [d for d in range(view.dim()) if rows is None or d != rows[0]]
         over = [d % view.dim() for d in ([dims] if isinstance(dims, int) else dims or every)]
         meta = self.canonical(node.meta["val"])
-        if rows is not None and kind == "sum" and over == [rows[0]] and rows[1] == 1:
+        if rows is not None and kind == "sum" and over == [rows[0]] and rows[1] == 1 and view.is_floating_point():
             self._row_sum(node, source)
             return
         if rows is not None and rows[0] in over:
@@ -153,6 +159,15 @@ class _Lowering(Products, Ends):
         outer = shape[: len(shape) - reduced]
         self.map_at(index).reductions.append((register, kind, Access(buffer, 0, self.own_strides(outer))))
         self.values[node] = Value(meta, index + 1, buffer)
+
+    def _counts(self, node: fx.Node, source: fx.Node) -> fx.Node:
+        """Truth values as the whole numbers 0 and 1."""
+        value = source.meta["val"]
+        counts = self.made(
+            f"{source.name}_counts", torch.empty(value.shape, dtype=torch.int64, device="meta"), source, like=node
+        )
+        self.pointwise(counts, "_to_copy")
+        return counts
 
     def _register(self, source: fx.Node, reduced: int = 0) -> tuple[int, int]:
         """A map over the shape of a value, and the register in which it has it."""

@@ -158,7 +158,13 @@ def _code(dtype: torch.dtype, isa: Isa) -> _Code:
 
 @lru_cache(maxsize=16)
 def _compiled(dtype: torch.dtype, isa: Isa) -> _Code:
-    library = engine.load(_module(dtype, isa), isa, cache_directory())
+    library = engine.load(
+        lambda: _module(dtype, isa),
+        isa,
+        cache_directory(),
+        description=f"{engine.generator()} {isa} multiply {dtype}",
+        functions=["multiply"],
+    )
     return _Code(library, library.address("multiply"), isa)
 
 

@@ -350,7 +350,7 @@ _NEUTRAL = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
 def _combine(b: ir.IRBuilder, kind: str, total: ir.Value, value: ir.Value) -> ir.Value:
     """One more number for a reduction; NaN stays."""
     if kind == "sum":
-        return b.fadd(total, value)
+        return b.fadd(total, value) if scalar_of(total.type) in (F32, F64) else b.add(total, value)
     if kind == "prod":
         return b.fmul(total, value)
     further = b.fcmp_unordered(">" if kind == "max" else "<", value, total)  # true also where the value is NaN

@@ -80,6 +80,8 @@ class Values:
 
     def new_buffer(self, name: str, kind: Kind, value: Tensor) -> Buffer:
         row = math.prod(int(n) for n in value.shape) // (self.unit if self.rows(value) else 1)
+        if row == 0:
+            raise UnsupportedError(f"{name} has no features, and no place in a compiled loop.")
         buffer = Buffer(name, kind, value.dtype, row)
         self.buffers.append(buffer)
         return buffer
