@@ -1,4 +1,4 @@
-"""The command in this process, with a cache of its own, and a small text."""
+"""The command in this process, and a small text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from runs_common import Command, write_text
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setenv("ELMAN_CACHE", str(tmp_path / "cache"))
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return Command(capsys)
 
 

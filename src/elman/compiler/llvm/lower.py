@@ -104,8 +104,7 @@ class _Lowering(Products, Ends):
             number: Any = 1 if "ones" in name else 0
         else:
             number = node.args[0] if name == "scalar_tensor" else node.args[1]
-        dtype = node.meta["val"].dtype
-        return bool(number) if dtype == torch.bool else float(number) if dtype.is_floating_point else int(number)
+        return torch.tensor(number, dtype=node.meta["val"].dtype).item()  # as exact as its type is
 
     def _view(self, node: fx.Node, name: str) -> None:
         if name == "getitem":
@@ -113,6 +112,8 @@ class _Lowering(Products, Ends):
             self.views[node] = (whole, parts[node.args[1]])
             return
         source: fx.Node = node.args[0]  # type: ignore[assignment]
+        if node.meta["val"].dtype != source.meta["val"].dtype:
+            raise self.refuse(node, "reading numbers as another type")
         value, view = self.resolve(source)
         reshape = name in ("view", "_unsafe_view", "reshape")
 

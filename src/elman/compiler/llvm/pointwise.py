@@ -318,7 +318,9 @@ def shrink_backward(g: Lanes, x: Lanes, lambd: float) -> Lanes:
 
 def where(condition: Lanes, x: Operand, other: Operand) -> Lanes:
     sample = [side for side in (x, other) if isinstance(side, Lanes)]
-    kind = _common([x, other]) if sample else F64
+    kind = _common(sample) if sample else F64
+    if not is_float(kind) and any(isinstance(side, float) for side in (x, other)):
+        kind = F64  # exact, whatever the result is
     sides = [convert(side, kind) if isinstance(side, Lanes) else _full(condition, side, kind) for side in (x, other)]
     return condition.where(*sides)
 
