@@ -112,9 +112,10 @@ class _Lowering(Products, Ends):
             self.views[node] = (whole, parts[node.args[1]])
             return
         source: fx.Node = node.args[0]  # type: ignore[assignment]
-        if node.meta["val"].dtype != source.meta["val"].dtype:
+        value = node.meta["val"]
+        if isinstance(value, Tensor) and value.dtype != source.meta["val"].dtype:
             raise self.refuse(node, "reading numbers as another type")
-        value, view = self.resolve(source)
+        base, view = self.resolve(source)
         reshape = name in ("view", "_unsafe_view", "reshape")
 
         def made(view: Tensor) -> Any:
@@ -122,7 +123,7 @@ class _Lowering(Products, Ends):
             return view.view(*_integers(node.args[1:])) if reshape else target(view, *node.args[1:], **node.kwargs)
 
         try:
-            self.views[node] = (value, made(view))
+            self.views[node] = (base, made(view))
         except RuntimeError:  # not a view of how it lies: copied, then viewed
             copy = self.values[self.copied(source, view)]
             self.views[node] = (copy, made(copy.meta))
