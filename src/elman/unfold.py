@@ -196,6 +196,8 @@ def unfold(
     tensors = [*protocol.xs.leaves, *protocol.state.leaves, *constant_leaves, *own.values()]
     if _lengths is None and _runs_reference(backend, rows, tensors):
         return _by_reference(protocol, rows, constant_leaves, given, reverse)
+    if backend == "llvm" and (device := protocol.xs.leaves[0].device.type) != "cpu":
+        raise OptionError(f"backend 'llvm' is machine code for the CPU, and xs are on {device}; 'auto' serves both.")
     # What traces and compiles is loaded on first use: importing it takes as long as importing torch.
     from .compiler.cache import Signature, program_of, remember
 

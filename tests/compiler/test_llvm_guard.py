@@ -120,6 +120,7 @@ def test_row_of_the_contract_table(apart: Apart, name: str) -> None:
     apart(of_row, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL_MACHINE_CODE)
 def test_cell_of_the_zoo(apart: Apart, name: str) -> None:
     apart(of_zoo, name)

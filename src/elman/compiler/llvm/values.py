@@ -6,6 +6,7 @@ strides say it. So slices, chunks, transposes and broadcasting cost nothing here
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,9 @@ class Values:
         row = math.prod(int(n) for n in value.shape) // (self.unit if self.rows(value) else 1)
         if row == 0:
             raise UnsupportedError(f"{name} has no features, and no place in a compiled loop.")
-        buffer = Buffer(name, kind, value.dtype, row)
+        taken = {buffer.name for buffer in self.buffers}  # names tell buffers apart, in listings and on disk
+        unique = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2))) if n not in taken)
+        buffer = Buffer(unique, kind, value.dtype, row)
         self.buffers.append(buffer)
         return buffer
 
