@@ -83,7 +83,7 @@ def _absorb(after: list[Segment | Loop], inside: set[fx.Node], program: Program,
         while node in becomes and node not in own and node not in seen:
             seen.add(node)
             node = becomes[node]
-            if node in inside:
+            if node in inside or node in own:
                 return False
         return node not in unknown
 

@@ -120,6 +120,10 @@ def _check(node: fx.Node, rows: Any, unit: int, sums: bool) -> None:
     name, target, given = _name(node), node.target, arguments(node)
     if not isinstance(target, torch._ops.OpOverload):
         raise UnsupportedError(f"{target} is not a tensor operation, at {location(node)}.")
+    if target is aten.view.dtype:
+        raise UnsupportedError(
+            f"{target} reads numbers as another type, which only the plain loop does, at {location(node)}."
+        )
     if name in _VIEWS:
         ok = _leading(given[0], unit) == _leading(node, unit)
     elif name in ("mm", "addmm", "bmm", "baddbmm"):

@@ -61,9 +61,9 @@ class LoopWriter:
             *self.step.kept.values(),
             *self.step.sums.values(),
         }
-        for node, i in self.next.items():
-            if node in real or i in self.w.wanted_before:
-                found[node] = None
+        for i in self.loop.carried:  # several states may become the same
+            if self.step.next[i] in real or i in self.w.wanted_before:
+                found[self.step.next[i]] = None
         return {n: None for n in found if n in self.inside and isinstance(n.meta["val"], Tensor)}
 
     def _spent(self) -> list[fx.Node]:

@@ -57,19 +57,25 @@ def body_of(step: Step, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) ->
     with explained("a loop cannot be taken apart"), mode, torch.no_grad(), fx.traceback.preserve_node_meta():
         traced = make_fx(fx.Interpreter(fx.GraphModule(step.root, graph)).run, decomposition_table=_table())(*values)
     traced.graph.eliminate_dead_code()
-    inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    results = list(arguments(traced.graph.output_node())[0])
-    _rename(traced.graph, dict(zip([*inputs, *results], [*outside, *outputs], strict=True)))
-    return Body(traced.graph, traced, outside, inputs, list(outputs), results, step.unit)
+    found = [n for n in traced.graph.nodes if n.op == "placeholder"], arguments(traced.graph.output_node())[0]
+    graph, env = _named(traced.graph, dict(zip([*found[0], *found[1]], [*outside, *outputs], strict=True)))
+    inputs, results = ([env[n] for n in nodes] for nodes in found)
+    return Body(graph, traced, outside, inputs, list(outputs), results, step.unit)
 
 
-def _rename(graph: fx.Graph, outer: dict[fx.Node, fx.Node]) -> None:
-    """Give the ends of a graph the names that they have in the step, and other nodes what is left."""
-    names = {node: node.name for node in graph.nodes if node.op != "output"}
-    for i, node in enumerate(names):  # first out of the way, for they may be each other's
-        node._rename(f"renamed_{i}")
-    for node in sorted(names, key=lambda node: node not in outer):
-        node._rename(outer[node].name if node in outer else names[node])
+def _named(graph: fx.Graph, ends: dict[fx.Node, fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """The same graph, whose ends have the names that they have in the step."""
+    named = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    taken = {outer.name for outer in ends.values()}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        name = ends[node].name if node in ends else node.name + "_" * (node.name in taken)
+        args, kwargs = (fx.map_arg(given, env.__getitem__) for given in (node.args, node.kwargs))
+        env[node] = named.create_node(node.op, node.target, args, kwargs, name)
+        env[node].meta = node.meta
+    return named, env
 
 
 @lru_cache(maxsize=1)

@@ -108,4 +108,4 @@ class Ends(Values):
                     if a.buffer is item.out.buffer
                 }
                 width = next(iter(widths)) if len(widths) == 1 else item.n
-                item.chunk = width if item.n % width == 0 else item.n
+                item.chunk = width if width and item.n % width == 0 else item.n

@@ -137,7 +137,7 @@ class Kernel:
     def _check(self, tensor: Tensor, buffer: Buffer, rows: int) -> None:
         right = tensor.dtype == buffer.dtype and tensor.numel() == rows * buffer.row and tensor.device.type == "cpu"
         if not right or tensor.layout is not torch.strided:
-            raise AssertionError(
+            raise RuntimeError(
                 f"{buffer.name}: {rows} rows of {buffer.row} {buffer.dtype} were expected, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
@@ -149,7 +149,7 @@ class Kernel:
             weight = _weight(product, inputs)
             held.append(weight)
             if weight.shape != (product.k, product.n) or weight.dtype != product.out.buffer.dtype:
-                raise AssertionError(f"a weight ({product.k}, {product.n}) was expected, got {tuple(weight.shape)}")
+                raise RuntimeError(f"a weight ({product.k}, {product.n}) was expected, got {tuple(weight.shape)}")
             place = _aligned(size, held)
             strides = [stride * weight.element_size() for stride in weight.stride()]
             args = (ctypes.c_int64 * 4)(place, weight.data_ptr(), *strides)

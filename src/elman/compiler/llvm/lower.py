@@ -18,7 +18,7 @@ from ..step import arguments, location
 from . import pointwise
 from .body import Body
 from .ends import Ends
-from .items import Access, Buffer, Chosen, Contract, Lowered, Op, buffers_of
+from .items import Access, Buffer, Chosen, Contract, Item, Lowered, Op, Product, buffers_of
 from .products import Products
 from .values import DTYPES, Value
 
@@ -55,6 +55,8 @@ class _Lowering(Products, Ends):
         self.outputs()
         self.commit()
         self.chunks()
+        if any(0 in _sizes(item) for item in self.items):
+            raise UnsupportedError("a value without features has no place in a compiled loop.")
         return Lowered(self.items, [b for b in self.buffers if self._used(b)])
 
     def _used(self, buffer: Buffer) -> bool:
@@ -284,6 +286,12 @@ class _Lowering(Products, Ends):
                 offset, inner, strides = self.normal(place, rows)
                 whole.ready = max(whole.ready, self.write_to(source, Access(buffer, offset, strides), inner))
         self.values[node] = whole
+
+
+def _sizes(item: Item) -> tuple[int, ...]:
+    if isinstance(item, Product):
+        return item.k, item.n
+    return (*item.shape, *item.inner) if isinstance(item, Contract) else item.shape
 
 
 def _integers(args: Any) -> tuple[int, ...]:

@@ -81,8 +81,6 @@ class Values:
 
     def new_buffer(self, name: str, kind: Kind, value: Tensor) -> Buffer:
         row = math.prod(int(n) for n in value.shape) // (self.unit if self.rows(value) else 1)
-        if row == 0:
-            raise UnsupportedError(f"{name} has no features, and no place in a compiled loop.")
         taken = {buffer.name for buffer in self.buffers}  # names tell buffers apart, in listings and on disk
         unique = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2))) if n not in taken)
         buffer = Buffer(unique, kind, value.dtype, row)
