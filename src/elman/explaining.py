@@ -18,9 +18,9 @@ from .compiler.llvm.listing import LISTINGS
 from .compiler.plan import operation, plan
 from .compiler.program import Loop, Program
 from .errors import OptionError, UnfoldError
-from .packing import rows_of
+from .packing import extent, rows_of
 from .types import Pytree, State
-from .unfold import _extent, prepare, scan
+from .unfold import prepare, scan
 
 __all__ = ["LEVELS", "compiled_step", "explain"]
 
@@ -83,7 +83,7 @@ def compiled_step(cell: nn.Module, xs: Pytree, state: State = None, *, constants
     """The compiled step that ``scan`` runs for a cell that is given these. Raises what ``scan`` raises, and
     UnfoldError where it would run the plain loop."""
     leaves, spec = torch.utils._pytree.tree_flatten(xs)
-    steps, batch = _extent(leaves)
+    steps, batch = extent(leaves)
     rows = rows_of(steps, batch)
     packed = torch.utils._pytree.tree_unflatten([rows.pack(leaf) for leaf in leaves], spec)
     protocol, constant_leaves = prepare(cell, rows, packed, state, constants, False)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import InputError
 
-__all__ = ["Rows", "rows_of"]
+__all__ = ["Rows", "extent", "rows_of", "widen"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,3 +197,26 @@ def rows_of(
     gather = (torch.arange(steps, device="cpu").unsqueeze(1) * batch + order)[running]
     sizes = tuple(running.sum(1).tolist())
     return Rows(steps, batch, sizes, gather.to(device), order.to(device))
+
+
+def extent(leaves: list[Any]) -> tuple[int, int]:
+    """T and B of the leaves of xs, (T, B, …) or (T, 1, …). Raises InputError where they have none, or do not agree."""
+    if not leaves:
+        raise InputError("xs holds no tensor; scan needs at least one (T, B, …) tensor to know how far to unfold.")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got a {type(leaf).__name__}.")
+        if leaf.dim() < 2:
+            shape = tuple(leaf.shape)
+            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got {shape}. Add a batch dimension.")
+    steps, batch = leaves[0].shape[0], max(leaf.shape[1] for leaf in leaves)
+    if any(leaf.shape[0] != steps or leaf.shape[1] not in (1, batch) for leaf in leaves):
+        raise InputError(f"the leaves of xs must agree in T and B; got {[tuple(leaf.shape) for leaf in leaves]}.")
+    if steps == 0:
+        raise InputError("xs has no steps (T = 0); there is nothing to unfold.")
+    return steps, batch
+
+
+def widen(leaf: Tensor, steps: int, batch: int) -> Tensor:
+    """A leaf (T, B, …), or (T, 1, …) for all rows, as (T, B, …)."""
+    return leaf if leaf.shape[1] == batch else leaf.expand(steps, batch, *leaf.shape[2:])

@@ -26,7 +26,7 @@ from .errors import (
     UnfoldWarning,
     UsageError,
 )
-from .packing import Rows, rows_of
+from .packing import Rows, extent, rows_of, widen
 from .protocol import MACHINE, MISTAKES, Protocol, Tree, start, written
 from .types import Pytree, State
 
@@ -119,14 +119,14 @@ def scan(
     Source: Goodfellow, Bengio, Courville, Deep Learning (2016), section 10.1, equation 10.5.
     """
     leaves, spec = pytree.tree_flatten(xs)
-    steps, batch = _extent(leaves)
+    steps, batch = extent(leaves)
     if _is_fake(leaves[0]) and lengths is None and not record:
         return _inside_a_step(cell, xs, state, constants, steps, batch, reverse)
     in_graph_lengths = None
     if lengths is not None and torch.compiler.is_compiling():  # their values are not known while compiling
         in_graph_lengths, lengths = torch.as_tensor(lengths), None
     rows = rows_of(steps, batch, lengths, leaves[0].device)
-    packed = [rows.pack(_widen(leaf, steps, batch)) for leaf in leaves]
+    packed = [rows.pack(widen(leaf, steps, batch)) for leaf in leaves]
     if rows.order is not None:
         if state is None:  # made in the caller's order, then sorted
             state = _start(cell, leaves, batch, None, constants)
@@ -155,7 +155,7 @@ def _inside_a_step(
     cell: nn.Module, xs: Pytree, state: State, constants: Pytree, steps: int, batch: int, reverse: bool
 ) -> tuple[Pytree, State]:
     """A scan inside a step that is being traced is part of that step: its plain loop, with masks drawn before it."""
-    wide = pytree.tree_map(lambda leaf: _widen(leaf, steps, batch), xs)
+    wide = pytree.tree_map(lambda leaf: widen(leaf, steps, batch), xs)
     first = pytree.tree_map(lambda leaf: leaf[0], wide)
     protocol, fixed = prepare(cell, Rows(1, batch), first, state, constants, False)
     step, now, leaves = protocol.step(None), protocol.state.leaves, pytree.tree_leaves(wide)
@@ -480,25 +480,3 @@ def _warn_once(protocol: Protocol, error: Exception) -> None:
     if text not in _warned:
         _warned.add(text)
         warnings.warn(text, UnfoldWarning, stacklevel=4)
-
-
-def _extent(leaves: list[Any]) -> tuple[int, int]:
-    """T and B of the leaves of xs."""
-    if not leaves:
-        raise InputError("xs holds no tensor; scan needs at least one (T, B, …) tensor to know how far to unfold.")
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got a {type(leaf).__name__}.")
-        if leaf.dim() < 2:
-            shape = tuple(leaf.shape)
-            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got {shape}. Add a batch dimension.")
-    steps, batch = leaves[0].shape[0], max(leaf.shape[1] for leaf in leaves)
-    if any(leaf.shape[0] != steps or leaf.shape[1] not in (1, batch) for leaf in leaves):
-        raise InputError(f"the leaves of xs must agree in T and B; got {[tuple(leaf.shape) for leaf in leaves]}.")
-    if steps == 0:
-        raise InputError("xs has no steps (T = 0); there is nothing to unfold.")
-    return steps, batch
-
-
-def _widen(leaf: Tensor, steps: int, batch: int) -> Tensor:
-    return leaf if leaf.shape[1] == batch else leaf.expand(steps, batch, *leaf.shape[2:])

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from .independence import is_varying, rows_of_node
 from .llvm import pointwise
+from .plan import operation
 from .program import Loop, Program, Segment
 from .step import arguments
 
@@ -121,18 +122,13 @@ def _users(unit: list[fx.Node]) -> set[fx.Node]:
     return {user for node in unit for user in node.users} - set(unit)
 
 
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else "getitem"
-
-
 def _is_view(node: fx.Node) -> bool:
-    return _name(node) in _VIEWS
+    return operation(node) in _VIEWS
 
 
 def _moves(node: fx.Node) -> bool:
     """Whether a kernel computes a node row by row."""
-    name = _name(node)
+    name = operation(node)
     if name == "getitem" or not is_varying(node) or node.meta["rows"] == "sum":
         return False
     return name in _VIEWS or name in _ROWWISE or pointwise.supports(name)
@@ -142,7 +138,7 @@ def _sums_rows(node: fx.Node) -> bool:
     """Whether a node is a sum of something over its rows, and over nothing else."""
     if node.meta["rows"] != "sum" or node.kwargs:
         return False
-    if _name(node) == "native_layer_norm_backward":
+    if operation(node) == "native_layer_norm_backward":
         return True
     if node.target is not torch.ops.aten.sum.dim_IntList:
         return False
