@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,6 +63,9 @@ class Tree:
         if isinstance(tree, Tensor):
             self.leaves: list[Tensor] = [tree]
             return
+        if type(tree) is tuple and len(tree) < len(_FLAT) and all(isinstance(leaf, Tensor) for leaf in tree):
+            self.leaves, self.spec, self.others = list(tree), _FLAT[len(tree)], (None,) * len(tree)
+            return
         leaves, self.spec = pytree.tree_flatten(tree)
         self.leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.others = tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves)
@@ -70,6 +74,8 @@ class Tree:
         """The same structure around other tensors."""
         if self.spec is None:
             return leaves[0]
+        if self.flat:
+            return tuple(leaves)
         tensors = iter(leaves)
         return pytree.tree_unflatten([next(tensors) if o is None else o[0] for o in self.others], self.spec)
 
@@ -81,7 +87,18 @@ class Tree:
     @property
     def structure(self) -> Any:
         """The tree without its tensors, hashable."""
-        return None if self.spec is None else (repr(self.spec), repr(self.others))
+        if self.spec is None or self.flat:
+            return None if self.spec is None else len(self.leaves)
+        return (repr(self.spec), repr(self.others))
+
+    @property
+    def flat(self) -> bool:
+        """Whether it is a plain tuple of tensors."""
+        return len(self.leaves) < len(_FLAT) and self.spec is _FLAT[len(self.leaves)]
+
+
+_FLAT = tuple(pytree.tree_structure((0,) * count) for count in range(9))
+"""The structures of tuples of so many tensors, which most states are: known beforehand, for every call meets them."""
 
 
 def initial_state(
@@ -122,7 +139,7 @@ def start(
     cell: nn.Module, xs: list[Tensor], batch: int, parameters: Iterable[Tensor] | None = None, constants: Pytree = None
 ) -> Any:
     """The cell's own initial state, in the type of its parameters, on the device of xs."""
-    sources = (*(cell.parameters() if parameters is None else parameters), *xs)
+    sources = chain(cell.parameters() if parameters is None else parameters, xs)
     dtype = next((leaf.dtype for leaf in sources if leaf.is_floating_point()), torch.get_default_dtype())
     return initial_state(cell, batch, device=xs[0].device, dtype=dtype, constants=constants)
 

@@ -118,7 +118,7 @@ def scan(
     a call under torch.func transforms, and a single step, which is the step itself.
     Source: Goodfellow, Bengio, Courville, Deep Learning (2016), section 10.1, equation 10.5.
     """
-    leaves, spec = pytree.tree_flatten(xs)
+    leaves, spec = ([xs], None) if isinstance(xs, Tensor) else pytree.tree_flatten(xs)
     steps, batch = extent(leaves)
     if _is_fake(leaves[0]) and lengths is None and not record:
         return _inside_a_step(cell, xs, state, constants, steps, batch, reverse)
@@ -129,14 +129,15 @@ def scan(
     packed = [rows.pack(widen(leaf, steps, batch)) for leaf in leaves]
     if rows.order is not None:
         if state is None:  # made in the caller's order, then sorted
-            state = _start(cell, leaves, batch, None, constants)
+            own = _start(cell, leaves, batch, None, constants)
+            state = own.rebuild(own.leaves)
         _check_batch(Tree(state).leaves, Tree(constants).leaves, batch)
         state = pytree.tree_map_only(Tensor, rows.sort, state)
         constants = pytree.tree_map_only(Tensor, rows.sort, constants)
     ys, final, *recording = unfold(
         cell,
         rows,
-        packed[0] if isinstance(xs, Tensor) else pytree.tree_unflatten(packed, spec),
+        packed[0] if spec is None else pytree.tree_unflatten(packed, spec),
         state,
         constants=constants,
         reverse=reverse,
@@ -199,15 +200,15 @@ def unfold(
     if backend == "llvm" and (device := protocol.xs.leaves[0].device.type) != "cpu":
         raise OptionError(f"backend 'llvm' is machine code for the CPU, and xs are on {device}; 'auto' serves both.")
     # What traces and compiles is loaded on first use: importing it takes as long as importing torch.
-    from .compiler.cache import Signature, program_of, remember
+    from .compiler import cache
 
     if torch.compiler.is_compiling() and not record:
         from .compiler.custom_op import in_graph
 
         return in_graph(protocol, rows, constant_leaves, own, reverse, remat, _lengths)
-    signature = Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, own)
+    signature = cache.Signature.of(protocol.xs.leaves, protocol.state.leaves, constant_leaves, own)
     try:
-        program = program_of(protocol, signature)
+        program = cache.program_of(protocol, signature)
         kernels = backend != "interpret" and protocol.xs.leaves[0].device.type == "cpu"
         return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat, kernels)
     except (UsageError, UnfoldError, RuntimeError, IndexError) as error:
@@ -215,7 +216,7 @@ def unfold(
     try:
         result = _instead(failed, protocol, rows, constant_leaves, given, reverse, backend)
         assert isinstance(failed, UnfoldError)  # anything else was raised again
-        remember(protocol, signature, failed)
+        cache.remember(protocol, signature, failed)
         _warn_once(protocol, failed)
         return result
     finally:
@@ -257,9 +258,7 @@ def prepare(
         raise CellError(f"cell must be an nn.Module with forward(x, state) -> (y, state); got a {type(cell).__name__}.")
     x_tree = Tree(xs)
     c_tree = None if constants is None else Tree(constants)
-    if state is None:
-        state = _start(cell, x_tree.leaves, rows.batch, parameters, constants)
-    s_tree = Tree(state)
+    s_tree = _start(cell, x_tree.leaves, rows.batch, parameters, constants) if state is None else Tree(state)
     constant_leaves = c_tree.leaves if c_tree else []
     _check_batch(s_tree.leaves, constant_leaves, rows.batch)
     protocol = Protocol(cell, x_tree, s_tree, c_tree, record)
@@ -272,10 +271,10 @@ def prepare(
 
 def _start(
     cell: nn.Module, xs: list[Tensor], batch: int, parameters: dict[str, Tensor] | None, constants: Pytree
-) -> State:
+) -> Tree:
     """The cell's own initial state, checked."""
-    state = start(cell, xs, batch, None if parameters is None else parameters.values(), constants)
-    _check_batch(Tree(state).leaves, [], batch, cell)
+    state = Tree(start(cell, xs, batch, None if parameters is None else parameters.values(), constants))
+    _check_batch(state.leaves, [], batch, cell)
     return state
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from elman.compiler.llvm import kernel
 from elman.compiler.llvm.kernel import Kernel
+from elman.compiler.llvm.rings import Rings
+from elman.compiler.llvm.scratch import LINE
 from elman.packing import Rows
 
 __all__ = ["Pages", "guarded"]
@@ -100,25 +102,20 @@ def _covered(tensor: Tensor) -> Tensor:
 def guarded(at_end: bool) -> Iterator[list[Kernel]]:
     """Calls of kernels inside are guarded; gives the list of the kernels that ran."""
     ran: list[Kernel] = []
-    plain = Kernel.__call__
+    plain, filled = Kernel.__call__, Rings.filled
 
     def call(self: Kernel, rows: Rows, reverse: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         pages = Pages(at_end)
         written = {b.number for b in self.lowered.buffers if b.role == "state"}
 
-        def aligned(size: int, held: list[Tensor], zero: bool = False) -> int:
-            address = pages.room(size, kernel._LINE)
-            if zero:
-                ctypes.memset(address, 0, size)
-            return address
-
-        def scratch(self: Kernel, batch: int, held: list[Tensor]) -> list[int]:
-            return [aligned(batch * kernel._row_bytes(buffer), held) for buffer in self.scratch]
+        @contextmanager
+        def scratch(*sizes: int) -> Iterator[list[int]]:
+            yield [pages.room(size, LINE) for size in sizes]
 
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kernel, "_aligned", aligned)
-                patch.setattr(Kernel, "_scratch", scratch)
+                patch.setattr(kernel, "Scratch", scratch)
+                patch.setattr(Rings, "filled", lambda *args: [pages.like(ring) for ring in filled(*args)])
                 own_inputs, own_outputs = [pages.like(t) for t in inputs], [pages.blank(t) for t in outputs]
                 for number, made in enumerate(own_inputs):
                     if number not in written and made.numel():

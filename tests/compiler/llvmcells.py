@@ -64,7 +64,7 @@ def given(cell: nn.Module, steps: int, batch: int, d: int, dtype: torch.dtype = 
     """xs and a first state that is nowhere zero; all want their gradients."""
     torch.manual_seed(22)
     state = start(cell, batch, device=torch.device("cpu"), dtype=dtype)
-    state = pytree.tree_map_only(Tensor, lambda s: 0.5 * torch.randn_like(s), state)
+    state = pytree.tree_map_only(Tensor, lambda s: 0.5 * torch.randn_like(s) if s.is_floating_point() else s, state)
     xs = torch.randn(steps, batch, d, dtype=dtype)
     return {"xs": differentiable(xs, dtype), "state": differentiable(state, dtype), "constants": None}
 

@@ -147,13 +147,13 @@ def test_no_memory_is_touched_outside(
         def __init__(self, size: int) -> None:
             self.size = size
 
-        def __enter__(self) -> int:
-            return pages.room(self.size, 64)
+        def __enter__(self) -> list[int]:
+            return [pages.room(self.size, 64)]
 
         def __exit__(self, *failure: object) -> None:
             pass
 
-    monkeypatch.setattr(matmul, "_Scratch", Walled)
+    monkeypatch.setattr(matmul, "Scratch", Walled)
     try:
         for (m, k, n), lay in pairs(SHAPES, (LAYOUTS["rows"], LAYOUTS["columns"])):
             given = [lay(numbers(*s, dtype=dtype)) for s in ((m, k), (k, n))]

@@ -158,7 +158,7 @@ class Writer:
             if self.step.next[i] is node:
                 self.line(f"{name} = rows.repeat({self.fixed[node]}, 0, 1)")
             elif i in self.wide:
-                self.line(f"{name} = {self.wide[i]}[B:] if reverse else {self.wide[i]}[:N]")
+                self.line(f"{name} = {self.wide[i]}.narrow(0, B if reverse else 0, N)")
             else:
                 after = self._result(self.step.next[i])
                 self.line(f"{name} = rows.shift({after}, {self.fixed[node]}, reverse)")

@@ -144,9 +144,11 @@ class LoopWriter:
             w.line(f"{self.env[state]} = {w.fixed[state]}.clone(memory_format=torch.contiguous_format)")
         inputs = [self.env[n] if n in carried else self._rows_first(n) for n in self.kernel.outside]
         for node, (source, first, count) in self.kernel.placed.items():
-            shape = ", ".join(str(int(n)) for n in node.meta["val"].shape[1:])
             w.room[node] = name = w.fresh(f"{node.name}_all")
-            w.line(f"{name} = {w.flat[source]}.flatten(1).narrow(1, {first}, {count}).unflatten(1, ({shape},))")
+            flat = "" if source.meta["val"].dim() == 2 else ".flatten(1)"
+            shape = ", ".join(str(int(n)) for n in node.meta["val"].shape[1:])
+            back = "" if node.meta["val"].dim() == 2 else f".unflatten(1, ({shape},))"
+            w.line(f"{name} = {w.flat[source]}{flat}.narrow(1, {first}, {count}){back}")
             self.buffers[node] = name
         outputs = [w.room[node] for node in self.stored]
         name = w.names.of(self.kernel, "kernel")
@@ -257,8 +259,8 @@ class LoopWriter:
             whole = w.fresh(f"{node.name}_room")
             first = w.fixed[self.step.state[i]]
             w.line(f"{whole} = empty((N + B, {sizes}), {options})")
-            w.line(f"({whole}[N:] if reverse else {whole}[:B]).copy_({first})")
-            w.line(f"{name} = {whole}[:N] if reverse else {whole}[B:]")
+            w.line(f"{whole}.narrow(0, N if reverse else 0, B).copy_({first})")
+            w.line(f"{name} = {whole}.narrow(0, 0 if reverse else B, N)")
             w.wide[i] = whole
         else:
             w.line(f"{name} = empty((N, {sizes}), {options})")

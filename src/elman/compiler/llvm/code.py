@@ -9,13 +9,30 @@ from typing import TypeAlias
 from llvmlite import ir
 
 __all__ = [
-    "BOOL", "BYTE", "F32", "F64", "I32", "I64", "PTR", "VOID", "at", "constant", "counted", "folded", "function",
-    "intrinsic", "lanes_below", "load", "masked_load", "masked_store", "scalar_of", "select", "splat", "store",
-    "suffix", "vector",
+    "BF16", "BOOL", "BYTE", "F32", "F64", "I16", "I32", "I64", "PTR", "VOID", "at", "constant", "counted", "folded",
+    "function", "intrinsic", "lanes_below", "load", "masked_load", "masked_store", "scalar_of", "select", "splat",
+    "store", "suffix", "vector",
 ]  # fmt: skip
 
-BOOL, BYTE, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-F32, F64, VOID = ir.FloatType(), ir.DoubleType(), ir.VoidType()
+
+class _BFloat16(ir.Type):
+    """bfloat16, the upper half of a float32, a type of LLVM that llvmlite has no name for."""
+
+    width = 16
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+BOOL, BYTE, I16 = ir.IntType(1), ir.IntType(8), ir.IntType(16)
+I32, I64 = ir.IntType(32), ir.IntType(64)
+BF16, F32, F64, VOID = _BFloat16(), ir.FloatType(), ir.DoubleType(), ir.VoidType()
 PTR = ir.PointerType()
 
 Int: TypeAlias = int | ir.Value
@@ -37,7 +54,7 @@ def suffix(kind: ir.Type) -> str:
         return f"v{kind.count}{suffix(kind.element)}"
     if isinstance(kind, ir.PointerType):
         return "p0"
-    return {F32: "f32", F64: "f64"}.get(kind) or f"i{kind.width}"
+    return {BF16: "bf16", F32: "f32", F64: "f64"}.get(kind) or f"i{kind.width}"
 
 
 def constant(kind: ir.Type, value: float) -> ir.Constant:

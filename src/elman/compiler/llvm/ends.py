@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from .items import Access, Buffer, Map, Op, Product, buffers_of, reads_of
+from .items import Access, Buffer, Map, Op, Product, Slot, buffers_of, reads_of
+from .rings import chains
 from .values import Value, Values
 
 __all__ = ["Ends"]
@@ -34,7 +35,7 @@ class Ends(Values):
 
     def commit(self) -> None:
         """Replace every state by its next: at once where nothing reads the old one later, else at the end."""
-        following = {state: self.body.results[i] for state, i in self.states.items()}
+        following = self._in_rings({state: self.body.results[i] for state, i in self.states.items()})
         for state, node in following.items():  # what is handed on is copied before anything replaces it
             value, view = self.resolve(node)
             if node is not state and value.buffer is not None and value.buffer.role == "state":
@@ -53,6 +54,26 @@ class Ends(Values):
             item = self.map_at(at)
             item.ops.append(Op("clone", (self.operand(node, value.meta, at),), (), value.meta.dtype))
             item.stores.append((len(item.ops) - 1, self._whole(value)))
+
+    def _in_rings(self, following: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Let states that are handed on turn in rings: of each, what is new replaces the oldest, and that is all."""
+        state_of = {self.values[state]: state for state in following}
+        handed = {}
+        for state, node in following.items():
+            value, view = self.resolve(node)
+            old = self.values[state].meta
+            if view is value.meta and (old.shape, old.dtype) == (view.shape, view.dtype) and value in state_of:
+                handed[state] = state_of[value]
+        for number, chain in enumerate(chains({a: b for a, b in handed.items() if a is not b})):
+            new = following[chain[-1]]
+            for i, state in enumerate(chain):
+                buffer = self.values[state].buffer
+                assert buffer is not None
+                buffer.slot = Slot(number, len(chain), i)
+                del following[state]
+            if handed.get(chain[-1]) is not chain[0]:  # else it goes round and round
+                following[chain[0]] = new
+        return following
 
     def _whole(self, value: Value) -> Access:
         """All of a value in memory."""

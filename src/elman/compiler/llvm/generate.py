@@ -11,7 +11,6 @@ ones of the batch, and there are as many as ``sizes`` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from llvmlite import ir
 
@@ -28,33 +27,24 @@ from .code import (
 )
 from .entry import barrier, exported
 from .isa import Isa
-from .items import Access, Contract, Item, Lowered, Product
+from .items import Access, Buffer, Contract, Item, Lowered, Product
 from .product import pack, packed_bytes, panels, product
 from .rowcode import BYTES, KINDS, RowCode, divides, least, share
 
-__all__ = ["WORDS", "Layout", "generate", "layout"]
+__all__ = ["WORDS", "generate", "packed_sizes"]
 
 WORDS = ("first", "last", "steps", "batch", "reverse", "sizes", "offsets", "barrier", "units")
 """What the words of the arguments are; after them two for each buffer, its address and the bytes from row to row, and
-one for each product, where its packed weight stands."""
+four for each product: where its packed weight is to stand, the weight, its bytes from k to k and from column to
+column."""
 
 _ROWS_TOGETHER = 8  # rows that pass through neighbouring maps at a time, so that what is between stays in the cache
 
 
-@dataclass
-class Layout:
-    """What a kernel's memory looks like: for every product its weight's packed bytes, and the functions that it has."""
-
-    products: list[Product]
-    packed: list[int]
-    functions: list[str]
-
-
-def layout(lowered: Lowered, isa: Isa) -> Layout:
-    """How a loop's code is called: ``loop`` and, for every product, ``pack0``, ``pack1``, …"""
+def packed_sizes(lowered: Lowered, isa: Isa) -> list[int]:
+    """Bytes of the packed weight of every product of a loop."""
     products = [item for item in lowered.items if isinstance(item, Product)]
-    packed = [_chunk_bytes(item, isa) * (item.n // item.chunk) for item in products]
-    return Layout(products, packed, ["loop", *(f"pack{i}" for i in range(len(products)))])
+    return [_chunk_bytes(item, isa) * (item.n // item.chunk) for item in products]
 
 
 def generate(lowered: Lowered, isa: Isa) -> ir.Module:
@@ -77,24 +67,21 @@ class _Generator:
     def run(self) -> ir.Module:
         functions = [self._item(i, item) for i, item in enumerate(self.lowered.items)]
         exported(self._loop(functions), "loop", self.isa)
-        for i, item in enumerate(self.products):
-            made = pack(self.module, self.isa, KINDS[item.out.buffer.dtype], item.k, item.chunk)
-            self._exported_pack(f"pack{i}", made, item, _chunk_bytes(item, self.isa))
         return self.module
 
-    def _exported_pack(self, name: str, made: ir.Function, item: Product, size: int) -> None:
-        """``void(ptr words, i64 thread, i64 threads)``: words are packed, weight, stride of K, stride of columns."""
-        f = function(self.module, name, VOID, [PTR, I64, I64])
-        words, thread, threads = f.args
-        b = ir.IRBuilder(f.append_basic_block("entry"))
-        packed, weight = (load(b, at(b, words, 8 * i), PTR) for i in range(2))
-        along, across = (load(b, at(b, words, 8 * i), I64) for i in (2, 3))
-        count = len(panels(item.chunk, self.isa, KINDS[item.out.buffer.dtype]))
-        first, last = share(b, constant(I64, count), thread, threads)
-        for chunk in range(item.n // item.chunk):
-            here = at(b, weight, b.mul(across, constant(I64, chunk * item.chunk)))
-            b.call(made, [at(b, packed, chunk * size), here, along, across, first, last])
-        b.ret_void()
+    def _pack(self, b: ir.IRBuilder, words: ir.Value, thread: ir.Value, threads: ir.Value) -> None:
+        """A thread's share of laying out the weights of the products."""
+        for i, item in enumerate(self.products):
+            made = pack(self.module, self.isa, KINDS[item.out.buffer.dtype], item.k, item.chunk)
+            first_word = self.packed_at + 4 * i
+            packed, weight = (load(b, at(b, words, 8 * (first_word + j)), PTR) for j in range(2))
+            along, across = (load(b, at(b, words, 8 * (first_word + j)), I64) for j in (2, 3))
+            count = len(panels(item.chunk, self.isa, KINDS[item.out.buffer.dtype]))
+            first, last = share(b, constant(I64, count), thread, threads)
+            for chunk in range(item.n // item.chunk):
+                here = at(b, weight, b.mul(across, constant(I64, chunk * item.chunk)))
+                to = at(b, packed, chunk * _chunk_bytes(item, self.isa))
+                b.call(made, [to, here, along, across, first, last])
 
     # -- the loop over the steps --------------------------------------------------------------------------------
 
@@ -110,12 +97,19 @@ class _Generator:
         ragged = b.icmp_signed("!=", word["sizes"], zero)
         together = b.and_(b.or_(by_units, ragged), b.icmp_signed(">", threads, one))
         reverse = b.icmp_signed("!=", word["reverse"], zero)
+        if self.products:
+            with b.if_then(b.icmp_signed("==", word["first"], zero)):
+                self._pack(b, words, thread, threads)
+                with b.if_then(b.icmp_signed(">", threads, one)):
+                    b.call(meet, [meeting, threads])
         with counted(b, word["first"], word["last"], 1, "step") as index:
             back = b.sub(b.sub(word["steps"], one), index)
             t = b.select(reverse, back, index)
             rows, offset = self._rows_of_step(b, word, ragged, t)
             first, last = share(b, rows, thread, threads)
-            self._items(b, functions, words, offset, (first, last), rows, thread, threads, by_units, meet, meeting)
+            self._items(
+                b, functions, words, (index, offset), (first, last), rows, thread, threads, by_units, meet, meeting
+            )
             with b.if_then(together):
                 b.call(meet, [meeting, threads])
         b.ret_void()
@@ -145,7 +139,7 @@ class _Generator:
         b: ir.IRBuilder,
         functions: Sequence[Callable[..., None]],
         words: ir.Value,
-        offset: ir.Value,
+        step: tuple[ir.Value, ir.Value],
         mine: tuple[ir.Value, ir.Value],
         rows: ir.Value,
         thread: ir.Value,
@@ -160,37 +154,37 @@ class _Generator:
             with units:
                 for i, (item, run) in enumerate(zip(self.lowered.items, functions, strict=True)):
                     if divides(item):
-                        run(b, words, offset, zero, rows, thread, threads, thread)
+                        run(b, words, *step, zero, rows, thread, threads, thread)
                     else:
-                        run(b, words, offset, *mine, zero, constant(I64, 1), thread)
+                        run(b, words, *step, *mine, zero, constant(I64, 1), thread)
                     if i + 1 < len(functions):
                         b.call(meet, [meeting, threads])
             with by_rows:
                 for group in _neighbours(self.lowered.items):
                     if isinstance(self.lowered.items[group[0]], Product):
-                        functions[group[0]](b, words, offset, *mine, zero, constant(I64, 1), thread)
+                        functions[group[0]](b, words, *step, *mine, zero, constant(I64, 1), thread)
                         continue
                     with counted(b, *mine, _ROWS_TOGETHER, "rows") as first:
                         last = least(b, b.add(first, constant(I64, _ROWS_TOGETHER)), mine[1])
                         for i in group:
-                            functions[i](b, words, offset, first, last, zero, constant(I64, 1), thread)
+                            functions[i](b, words, *step, first, last, zero, constant(I64, 1), thread)
 
     # -- items --------------------------------------------------------------------------------------------------
 
     def _item(self, number: int, item: Item) -> Callable[..., None]:
-        """A function ``void(words, offset of the step, first row, last, part, parts, thread)``, and how to call it."""
+        """A function ``void(words, steps and rows before, first row, last, part, parts, thread)``; how to call it."""
         kind = type(item).__name__.lower()
-        f = function(self.module, f"{kind}{number}", VOID, [PTR, I64, I64, I64, I64, I64, I64])
+        f = function(self.module, f"{kind}{number}", VOID, [PTR, I64, I64, I64, I64, I64, I64, I64])
         f.linkage = "internal"
         f.attributes.add("noinline")
         b = ir.IRBuilder(f.append_basic_block("entry"))
         if isinstance(item, Product):
             self._product(b, f, item)
         else:
-            words, offset, first, last, part, parts, thread = f.args
+            words, index, offset, first, last, part, parts, thread = f.args
 
             def place(b: ir.IRBuilder, access: Access) -> tuple[ir.Value, ir.Value]:
-                return self.row(b, words, access, offset, first, thread)
+                return self.row(b, words, access, (index, offset), first, thread)
 
             code = RowCode(b, self.isa, item, place, (first, last, part, parts))
             code.contract(item) if isinstance(item, Contract) else code.map(item)
@@ -202,14 +196,15 @@ class _Generator:
         return run
 
     def _product(self, b: ir.IRBuilder, f: ir.Function, item: Product) -> None:
-        words, offset, first, last, part, parts, thread = f.args
+        words, index, offset, first, last, part, parts, thread = f.args
+        step = index, offset
         kind = KINDS[item.out.buffer.dtype]
         size = BYTES[item.out.buffer.dtype]
         made = product(self.module, self.isa, kind, item.k, item.chunk)
-        packed = load(b, at(b, words, 8 * (self.packed_at + self.products.index(item))), PTR)
+        packed = load(b, at(b, words, 8 * (self.packed_at + 4 * self.products.index(item))), PTR)
         start, end = share(b, constant(I64, len(panels(item.chunk, self.isa, kind))), part, parts)
-        out, left = (self.row(b, words, a, offset, first, thread) for a in (item.out, item.left))
-        init = self.row(b, words, item.init, offset, first, thread) if item.init else self._zeros(b, item)
+        out, left = (self.row(b, words, a, step, first, thread) for a in (item.out, item.left))
+        init = self.row(b, words, item.init, step, first, thread) if item.init else self._zeros(b, item)
         bytes_of = _chunk_bytes(item, self.isa)
         rows = b.sub(last, first)
         for time in range(item.times):
@@ -239,7 +234,7 @@ class _Generator:
         b: ir.IRBuilder,
         words: ir.Value,
         access: Access,
-        offset: ir.Value,
+        step: tuple[ir.Value, ir.Value],
         first: ir.Value,
         thread: ir.Value,
     ) -> tuple[ir.Value, ir.Value]:
@@ -252,9 +247,16 @@ class _Generator:
         elif buffer.kind == "thread":
             return at(b, at(b, here, b.mul(thread, stride)), access.offset * BYTES[buffer.dtype]), constant(I64, 0)
         else:
-            index = b.add(offset, first) if buffer.kind == "time" else first
-            here = at(b, here, b.mul(index, stride))
+            before = step[1] if buffer.kind == "time" else self._turned(b, words, buffer, step[0])
+            here = at(b, here, b.mul(b.add(before, first), stride))
         return at(b, here, access.offset * BYTES[buffer.dtype]), stride
+
+    def _turned(self, b: ir.IRBuilder, words: ir.Value, buffer: Buffer, index: ir.Value) -> ir.Value:
+        """How many rows of a ring come before those of a state, after so many steps; none where there is no ring."""
+        if buffer.slot is None:
+            return constant(I64, 0)
+        slot = b.urem(b.add(index, constant(I64, buffer.slot.number)), constant(I64, buffer.slot.slots))
+        return b.mul(slot, load(b, at(b, words, 8 * WORDS.index("batch")), I64))
 
 
 def _neighbours(items: Sequence[Item]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from llvmlite import binding as llvm
 
 from ...errors import OptionError
 
-__all__ = ["ISAS", "MODES", "Isa", "Mode", "chosen", "host"]
+__all__ = ["DOTS", "ISAS", "MODES", "Dot", "Isa", "Mode", "chosen", "host", "runnable"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,40 @@ MODES = {
 
 
 @dataclass(frozen=True)
+class Dot:
+    """Instructions for pairs of bfloat16: the intrinsics that multiply them and that round float32 to them.
+
+    ``multiply``: (sums, pairs, pairs) gives the float32 sums, to each of which both products of a pair are added.
+    ``narrow``: by lanes, what gives so many float32 rounded to nearest even, as bfloat16.
+    Both take denormal numbers for zero and give zero for them, whatever the mode says.
+    """
+
+    multiply: str
+    narrow: tuple[tuple[int, str], ...]
+
+
+DOTS = {
+    "avx512bf16": Dot(
+        "llvm.x86.avx512bf16.dpbf16ps.512",
+        ((16, "llvm.x86.avx512bf16.cvtneps2bf16.512"), (8, "llvm.x86.avx512bf16.cvtneps2bf16.256")),
+    ),
+}
+"""A matrix unit (AMX: TDPBF16PS) would be one row more. It reads weights as they lie here: a panel is a matrix of pairs
+whose rows are as long as the panel is wide, 16 of them by one vector are one tile register, and so are 16 rows of a
+``left`` that was narrowed. Besides the name of its multiplication such a row needs a micro-kernel whose sums are tiles
+(32 rows by 2 vectors), the permission of the system, once for a process, and in every thread the shapes of its tiles:
+set before the body of what ``entry.exported`` makes, released after it."""
+
+
+@dataclass(frozen=True)
 class Isa:
     """A processor family: the bytes of its vectors, how many registers hold them, and what LLVM is to be told.
 
     ``mode`` names one of MODES; ``flush`` are the bits of it that make denormal numbers zero.
     ``pause`` is the intrinsic, with its arguments, that tells the processor of a loop that waits for another thread.
-    ``tile`` is how many rows by how many vectors a product keeps in registers.
+    ``tile`` is how many rows by how many vectors a product keeps in registers, ``pair_tile`` one of pairs of bfloat16,
+    for which ``dot`` names one of DOTS where the processor has it. ``needs`` is what a processor must have besides what
+    all of its kind have, in the words of LLVM.
     """
 
     name: str
@@ -55,6 +83,9 @@ class Isa:
     flush: int
     pause: tuple[str, tuple[int, ...]]
     tile: tuple[int, int]
+    pair_tile: tuple[int, int]
+    needs: tuple[str, ...] = ()
+    dot: str = ""
 
     def lanes(self, bits: int) -> int:
         """Numbers of that many bits in one vector."""
@@ -67,37 +98,48 @@ _FPCR = 1 << 24
 _PAUSE: tuple[str, tuple[int, ...]] = ("llvm.x86.sse2.pause", ())
 _YIELD: tuple[str, tuple[int, ...]] = ("llvm.aarch64.hint", (1,))
 
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+_WIDE = "-prefer-256-bit"
+
 ISAS = {
     isa.name: isa
     for isa in (
-        Isa("avx512", _X86, "x86-64-v4", "-prefer-256-bit", 64, 32, "mxcsr", _MXCSR, _PAUSE, (8, 2)),
-        Isa("avx2", _X86, "x86-64-v3", "", 32, 16, "mxcsr", _MXCSR, _PAUSE, (4, 3)),
-        Isa("x86-64", _X86, "x86-64", "", 16, 16, "mxcsr", _MXCSR, _PAUSE, (4, 2)),
-        Isa("neon", "aarch64-unknown-linux-gnu", "generic", "+neon", 16, 32, "fpcr", _FPCR, _YIELD, (6, 4)),
+        Isa(
+            "avx512bf16", _X86, "x86-64-v4", f"{_WIDE},+avx512bf16", 64, 32, "mxcsr", _MXCSR, _PAUSE, (8, 2), (6, 2),
+            (*_AVX512, "avx512bf16"), "avx512bf16",
+        ),
+        Isa("avx512", _X86, "x86-64-v4", _WIDE, 64, 32, "mxcsr", _MXCSR, _PAUSE, (8, 2), (8, 2), _AVX512),
+        Isa("avx2", _X86, "x86-64-v3", "", 32, 16, "mxcsr", _MXCSR, _PAUSE, (4, 3), (4, 2), ("avx2", "fma")),
+        Isa("x86-64", _X86, "x86-64", "", 16, 16, "mxcsr", _MXCSR, _PAUSE, (4, 2), (4, 2)),
+        Isa("neon", "aarch64-unknown-linux-gnu", "generic", "+neon", 16, 32, "fpcr", _FPCR, _YIELD, (6, 4), (4, 3)),
     )
-}
+}  # fmt: skip
 """By name, those of one family best first."""
 
 
 @lru_cache(maxsize=1)
+def runnable() -> tuple[Isa, ...]:
+    """The instruction sets of the table that this machine has, best first."""
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return (ISAS["neon"],)
+    if machine not in ("x86_64", "amd64"):
+        return ()
+    has = llvm.get_host_cpu_features()
+    return tuple(isa for isa in ISAS.values() if isa.triple == _X86 and all(has.get(name) for name in isa.needs))
+
+
 def host() -> Isa | None:
     """The best instruction set of this machine, None where there is none in the table."""
-    if platform.machine().lower() in ("aarch64", "arm64"):
-        return ISAS["neon"]
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
-    has = llvm.get_host_cpu_features()
-    if all(has.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl")):
-        return ISAS["avx512"]
-    return ISAS["avx2"] if has.get("avx2") and has.get("fma") else ISAS["x86-64"]
+    return next(iter(runnable()), None)
 
 
 def chosen() -> Isa | None:
     """The instruction set to compile for: this machine's, or a lesser one named by $ELMAN_ISA."""
     name, best = os.environ.get("ELMAN_ISA"), host()
-    if not name or best is None or name == best.name:
+    if not name or best is None:
         return best
-    possible = [isa.name for isa in ISAS.values() if isa.triple == best.triple and isa.bytes <= best.bytes]
+    possible = {isa.name: isa for isa in runnable()}
     if name not in possible:
         raise OptionError.unknown("instruction set in $ELMAN_ISA", name, tuple(possible))
-    return ISAS[name]
+    return possible[name]

@@ -8,12 +8,21 @@ from typing import Any, Literal
 import torch
 
 __all__ = [
-    "Access", "Buffer", "Chosen", "Contract", "Item", "Kind", "Lowered", "Map", "Op", "Product", "buffers_of",
+    "Access", "Buffer", "Chosen", "Contract", "Item", "Kind", "Lowered", "Map", "Op", "Product", "Slot", "buffers_of",
     "reads_of",
 ]  # fmt: skip
 
 Kind = Literal["time", "batch", "shared", "thread"]
 """One row for each sequence at each step, one for each sequence, the same for all, or one for each thread."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a state stands in a ring of so many slots before the first step; at every step it moves to the next one."""
+
+    ring: int
+    slots: int
+    number: int
 
 
 @dataclass(eq=False)
@@ -26,6 +35,7 @@ class Buffer:
     row: int
     role: str = "scratch"  # or input, spent (an input that is overwritten), state, output, sum
     number: int = 0  # which of its role
+    slot: Slot | None = None  # of a state in a ring
 
 
 @dataclass(frozen=True)

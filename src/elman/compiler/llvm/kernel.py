@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from array import array
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, fx
@@ -18,17 +19,18 @@ from ..step import Step
 from . import engine, threads
 from .body import body_of
 from .entry import BARRIER_BYTES
-from .generate import generate, layout
+from .generate import generate, packed_sizes
 from .inplace import Placed, place
 from .isa import Isa, chosen
-from .items import Buffer, Lowered, Map, Product
+from .items import Buffer, Lowered, Map, Product, buffers_of
 from .lower import lower
+from .rings import Rings
+from .scratch import LINE, Scratch, lined
 
 __all__ = ["Kernel", "PrecisionError", "compile_loop"]
 
 _FLOATS = {torch.float32, torch.float64}
 
-_LINE = 64  # bytes of a cache line
 _WORK_OF_A_CALL = 2_000_000_000  # operations after which Python looks for an interrupt: some 20 milliseconds
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
 _WORK_TO_MEET = 100_000  # operations of a step that are worth meeting after it
@@ -48,23 +50,25 @@ class Kernel:
 
     def __init__(self, lowered: Lowered, outside: list[fx.Node], placed: Placed, isa: Isa) -> None:
         self.lowered, self.outside, self.placed, self.isa = lowered, outside, placed, isa
-        self.layout = layout(lowered, isa)
         self.library = engine.load(
             lambda: generate(lowered, isa),
             isa,
             cache_directory(),
             description=f"{engine.generator()} {isa} {lowered}",
-            functions=self.layout.functions,
+            functions=["loop"],
         )
-        self.address, *self.packs = map(self.library.address, self.layout.functions)
-        self.products = self.layout.products
+        self.address = self.library.address("loop")
+        self.products = [item for item in lowered.items if isinstance(item, Product)]
+        self.packed = packed_sizes(lowered, isa)
+        self.weights = {p.weight for p in self.products if isinstance(p.weight, Buffer)}
+        self.weights = self.weights.difference(*map(buffers_of, lowered.items))
         self.sums = [b for b in lowered.buffers if b.role == "sum"]
-        self.scratch = [b for b in lowered.buffers if b.role == "scratch"]
+        self.scratch = [_row_bytes(b) for b in lowered.buffers if b.role == "scratch"]
+        self.rings = Rings(lowered.buffers)
         maps = [item for item in lowered.items if isinstance(item, Map)]
         self.flops = sum(2 * p.k * p.n * p.times for p in self.products) + sum(
-            10 * len(m.ops) * _numbers(m.shape) for m in maps
+            10 * len(m.ops) * math.prod(m.shape) for m in maps
         )
-        self.weight_bytes = sum(self.layout.packed)
 
     def __call__(self, rows: Rows, reverse: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Run all steps. ``inputs`` are (N, …), (B, …) or the same for all; those of the states are overwritten.
@@ -75,87 +79,97 @@ class Kernel:
             for buffer in self.sums:
                 outputs[buffer.number].zero_()
             return
-        count = self._threads(rows)
-        units = count > 1 and (rows.batch < _FEW * count or self.weight_bytes > _NEAR)
-        if units and self.flops * rows.batch < _WORK_TO_MEET:
-            units, count = False, min(count, rows.batch)
+        count, units = self._sharing(rows)
         held: list[Tensor] = []  # alive until the call is over
-        words = [0, 0, rows.steps, rows.batch, int(reverse), 0, 0, _aligned(BARRIER_BYTES, held, zero=True), int(units)]
-        if not rows.uniform:
-            sizes = (torch.tensor(values, dtype=torch.int64) for values in (rows.batch_sizes, rows.offsets))
-            for word, layout in zip((5, 6), sizes, strict=True):
-                held.append(layout)
-                words[word] = layout.data_ptr()
-        scratch = iter(self._scratch(rows.batch, held))
-        partial: dict[Buffer, Tensor] = {}
-        for buffer in self.lowered.buffers:
-            if buffer.role == "sum":  # of every thread, whole cache lines
-                partial[buffer] = torch.zeros(count, _row_bytes(buffer) // buffer.dtype.itemsize, dtype=buffer.dtype)
-                words += [partial[buffer].data_ptr(), _row_bytes(buffer)]
-            elif buffer.role == "scratch":
-                words += [next(scratch), _row_bytes(buffer)]
-            else:
-                words += self._given(
-                    buffer, (outputs if buffer.role == "output" else inputs)[buffer.number], rows, held
-                )
-        words += self._packed(inputs, count, held)
-        args = (ctypes.c_int64 * len(words))(*words)
-        steps = max(_WORK_OF_A_CALL // max(self.flops * rows.batch, 1), 1)
-        for first in range(0, rows.steps, steps):
-            args[0], args[1] = first, min(first + steps, rows.steps)
-            threads.run(self.address, args, count)
-        for buffer, sums in partial.items():
-            outputs[buffer.number].copy_(sums[:, : buffer.row].sum(0).view(outputs[buffer.number].shape))
+        partial = self._partial(count, outputs)
+        rings = self.rings.filled(rows, reverse, inputs)
+        slots = [
+            self._given(chain[0], ring[0], rows, held) for chain, ring in zip(self.rings.chains, rings, strict=True)
+        ]
+        with Scratch(BARRIER_BYTES, *(rows.batch * size for size in self.scratch), *self.packed) as places:
+            meeting, *scratch = places[: len(places) - len(self.packed)]
+            ctypes.memset(meeting, 0, BARRIER_BYTES)
+            words = [0, 0, rows.steps, rows.batch, reverse, 0, 0, meeting, units]
+            if not rows.uniform:
+                words[5:7] = self._layout(rows, held)
+            free = iter(scratch)
+            for buffer in self.lowered.buffers:
+                if buffer.role == "scratch":
+                    words += (next(free), _row_bytes(buffer))
+                elif buffer.role == "sum":
+                    words += (partial[buffer].data_ptr(), _row_bytes(buffer))
+                elif buffer.slot is not None:
+                    words += slots[buffer.slot.ring]
+                else:
+                    tensor = (outputs if buffer.role == "output" else inputs)[buffer.number]
+                    words += self._given(buffer, tensor, rows, held)
+            for product, place in zip(self.products, places[len(places) - len(self.packed) :], strict=True):
+                words += (place, *self._weight(product, inputs, held))
+            args = array("q", words)
+            steps = max(_WORK_OF_A_CALL // max(self.flops * rows.batch, 1), 1)
+            for first in range(0, rows.steps, steps):
+                args[0], args[1] = first, min(first + steps, rows.steps)
+                threads.run(self.address, args.buffer_info()[0], count)
+        self.rings.read(rings, rows, reverse, inputs)
+        if count > 1:
+            for buffer, sums in partial.items():
+                out = outputs[buffer.number]
+                torch.sum(sums[:, : buffer.row].view(count, *out.shape), 0, out=out)
 
-    def _threads(self, rows: Rows) -> int:
-        if self.flops * rows.total < _WORK_TO_SHARE:
-            return 1
-        return threads.count()
+    def _sharing(self, rows: Rows) -> tuple[int, bool]:
+        """How many threads run, and whether they share the units; the rows otherwise."""
+        if self.flops * rows.total < _WORK_TO_SHARE or (count := threads.count()) == 1:
+            return 1, False
+        if rows.batch >= _FEW * count and sum(self.packed) <= _NEAR:
+            return count, False
+        if self.flops * rows.batch < _WORK_TO_MEET:
+            return min(count, rows.batch), False
+        return count, True
 
-    def _scratch(self, batch: int, held: list[Tensor]) -> list[int]:
-        """Where each scratch buffer begins."""
-        sizes = [batch * _row_bytes(b) for b in self.scratch]
-        ends = [*accumulate(sizes, initial=_aligned(sum(sizes), held))]
-        return ends[:-1]
+    def _partial(self, count: int, outputs: Sequence[Tensor]) -> dict[Buffer, Tensor]:
+        """Zeros for every thread to sum over its rows, whole cache lines; one thread has those of the result."""
+        if count == 1:
+            return {b: outputs[b.number].zero_() for b in self.sums}
+        return {b: torch.zeros(count, _row_bytes(b) // b.dtype.itemsize, dtype=b.dtype) for b in self.sums}
 
-    def _given(self, buffer: Buffer, tensor: Tensor, rows: Rows, held: list[Tensor]) -> list[int]:
+    def _layout(self, rows: Rows, held: list[Tensor]) -> list[int]:
+        """Where the number of rows of every step stands, and how many come before them."""
+        made = [torch.tensor(values, dtype=torch.int64) for values in (rows.batch_sizes, rows.offsets)]
+        held += made
+        return [values.data_ptr() for values in made]
+
+    def _given(self, buffer: Buffer, tensor: Tensor, rows: Rows, held: list[Tensor]) -> tuple[int, int]:
         """Address and row stride of a tensor, after a look at whether it is what the code was made for."""
-        item = tensor.element_size()
-        if buffer.kind == "shared":
-            tensor = tensor.contiguous()
-            held.append(tensor)
-            self._check(tensor, buffer, 1)
-            return [tensor.data_ptr(), 0]
-        if not tensor.is_contiguous() and (tensor.dim() == 0 or not _neighbours(tensor)):
+        count = rows.total if buffer.kind == "time" else 1 if buffer.kind == "shared" else rows.batch
+        right = tensor.dtype is buffer.dtype and tensor.numel() == count * buffer.row and tensor.is_cpu
+        if not right or tensor.layout is not torch.strided:
+            raise RuntimeError(
+                f"{buffer.name}: {count} rows of {buffer.row} {buffer.dtype} were expected, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            if buffer in self.weights:  # read by packing alone
+                return 0, 0
+            if buffer.kind != "shared" and _neighbours(tensor):
+                return tensor.data_ptr(), tensor.stride(0) * tensor.itemsize
             if buffer.role != "input":
                 raise AssertionError(f"{buffer.name} is written to and must have its numbers side by side")
             tensor = tensor.contiguous()
-        held.append(tensor)
-        self._check(tensor, buffer, rows.total if buffer.kind == "time" else rows.batch)
-        return [tensor.data_ptr(), tensor.stride(0) * item]
+            held.append(tensor)
+        return tensor.data_ptr(), buffer.row * tensor.itemsize
 
-    def _check(self, tensor: Tensor, buffer: Buffer, rows: int) -> None:
-        right = tensor.dtype == buffer.dtype and tensor.numel() == rows * buffer.row and tensor.device.type == "cpu"
-        if not right or tensor.layout is not torch.strided:
-            raise RuntimeError(
-                f"{buffer.name}: {rows} rows of {buffer.row} {buffer.dtype} were expected, "
-                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
-
-    def _packed(self, inputs: Sequence[Tensor], count: int, held: list[Tensor]) -> list[int]:
-        """Lay out the weights of the products. Returns where."""
-        places = []
-        for product, address, size in zip(self.products, self.packs, self.layout.packed, strict=True):
-            weight = _weight(product, inputs)
-            held.append(weight)
-            if weight.shape != (product.k, product.n) or weight.dtype != product.out.buffer.dtype:
+    def _weight(self, product: Product, inputs: Sequence[Tensor], held: list[Tensor]) -> tuple[int, int, int]:
+        """Address of the weight (K, N) of a product, its bytes from k to k and from column to column."""
+        if isinstance(product.weight, Buffer):
+            weight = inputs[product.weight.number]
+            if weight.shape != (product.k, product.n) or weight.dtype is not product.out.buffer.dtype:
                 raise RuntimeError(f"a weight ({product.k}, {product.n}) was expected, got {tuple(weight.shape)}")
-            place = _aligned(size, held)
-            strides = [stride * weight.element_size() for stride in weight.stride()]
-            args = (ctypes.c_int64 * 4)(place, weight.data_ptr(), *strides)
-            threads.run(address, args, count if size > _NEAR else 1)
-            places.append(place)
-        return places
+            along, across = weight.stride()
+            return weight.data_ptr(), along * weight.itemsize, across * weight.itemsize
+        buffer, offset, along, across = product.weight
+        whole = inputs[buffer.number].contiguous()
+        held.append(whole)
+        return whole.data_ptr() + offset * whole.itemsize, along * whole.itemsize, across * whole.itemsize
 
 
 def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Sequence[fx.Node]) -> Kernel:
@@ -193,17 +207,10 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
     return Kernel(lowered, body.outside, placed, isa)
 
 
-def _weight(product: Product, inputs: Sequence[Tensor]) -> Tensor:
-    """The weight (K, N) of a product."""
-    if isinstance(product.weight, Buffer):
-        return inputs[product.weight.number]
-    buffer, offset, along, across = product.weight
-    whole = inputs[buffer.number].contiguous()
-    return whole.as_strided((product.k, product.n), (along, across), whole.storage_offset() + offset)
-
-
 def _neighbours(tensor: Tensor) -> bool:
     """Whether the numbers of every row lie as in a contiguous one."""
+    if tensor.dim() == 2:
+        return tensor.stride(1) == 1 or tensor.shape[1] == 1
     want = 1
     for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
         if size != 1 and stride != want:
@@ -214,18 +221,4 @@ def _neighbours(tensor: Tensor) -> bool:
 
 def _row_bytes(buffer: Buffer) -> int:
     """Bytes from row to row of scratch: whole cache lines and one more, so that rows do not share a cache set."""
-    return (buffer.row * buffer.dtype.itemsize + _LINE - 1) // _LINE * _LINE + _LINE
-
-
-def _aligned(size: int, held: list[Tensor], zero: bool = False) -> int:
-    """So many bytes that begin with a cache line."""
-    room = (torch.zeros if zero else torch.empty)(size + _LINE, dtype=torch.uint8)
-    held.append(room)
-    return (room.data_ptr() + _LINE - 1) // _LINE * _LINE
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
+    return lined(buffer.row * buffer.dtype.itemsize) + LINE

@@ -16,6 +16,7 @@ def items(kernel: Kernel) -> list[str]:
     roles = {"time": "for every step", "batch": "for every sequence", "shared": "for all", "thread": "for every thread"}
     memory = [
         f"{b.role} {b.name}: {b.row} × {str(b.dtype).removeprefix('torch.')} {roles[b.kind]}"
+        + (f", slot {b.slot.number} of {b.slot.slots} of a ring" if b.slot else "")
         for b in kernel.lowered.buffers
     ]
     return [f"for {kernel.isa.name}", *(f"  {line}" for line in memory), "step:", *_indented(kernel.lowered.items)]

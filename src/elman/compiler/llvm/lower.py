@@ -73,6 +73,8 @@ class _Lowering(Products, Ends):
         value = node.meta["val"]
         if name == "getitem" or (name in _VIEWS and isinstance(node.args[0], fx.Node)):
             self._view(node, name)
+        elif name == "clone" and node.all_input_nodes[0] in self.states:  # nothing replaces it before the step ends
+            self.views[node] = self.resolve(node.all_input_nodes[0])
         elif name in _FILLS:
             self.values[node] = Value(self.canonical(value), number=self._fill(node, name))
         elif not isinstance(value, Tensor) or value.dtype not in DTYPES:

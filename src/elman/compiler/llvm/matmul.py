@@ -32,11 +32,11 @@ from .code import F32, F64, I64, PTR, VOID, at, counted, function, intrinsic, lo
 from .entry import BARRIER_BYTES, barrier, exported
 from .isa import Isa, chosen
 from .product import depth_of, pack, pack_left, panel_count, product
+from .scratch import LINE, Scratch, lined
 
 __all__ = ["added", "multiply", "product_of"]
 
 _KINDS = {torch.float32: F32, torch.float64: F64}
-_LINE = 64  # bytes of a cache line
 _DEPTHS = 4  # blocks of a panel in a block of K
 _ROWS = 192  # rows of left at a time, a multiple of the rows of every tile
 _RIGHT_BYTES = 8 << 20  # of right in a block
@@ -45,7 +45,6 @@ _FEW = 8  # columns or k below which torch.mm is faster, and half of the rows
 _LITTLE = 1 << 20  # multiplications below which the call itself weighs too much
 _FROM_SYSTEM = 32 << 20  # bytes from which on the C library keeps no memory for later
 _HUGE = 2 << 20  # bytes of a large page
-_KEPT_BYTES = 64 << 20  # of scratch that stays for later calls
 
 # What a call is told, in the order of its words.
 _WORDS = (
@@ -179,11 +178,11 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
     vectors = -(-width // lanes)
     by_panels = count > 1 and -(-rows // isa.tile[0]) < min(4 * count, -(-vectors // isa.tile[1]))
     packs = left.stride(1) != 1 and k > 1
-    tile_stride = _lined(depth * isa.tile[0] * item) + _LINE
-    left_bytes = _lined(-(-min(rows, _ROWS) // isa.tile[0]) * tile_stride) if packs else 0
-    right_bytes = _lined(depth * vectors * isa.bytes)
-    zero_bytes = _lined(width * item) if init is None else 0
-    with _Scratch(BARRIER_BYTES + zero_bytes + right_bytes + left_bytes * count) as place:
+    tile_stride = lined(depth * isa.tile[0] * item) + LINE
+    left_bytes = lined(-(-min(rows, _ROWS) // isa.tile[0]) * tile_stride) if packs else 0
+    right_bytes = lined(depth * vectors * isa.bytes)
+    zero_bytes = lined(width * item) if init is None else 0
+    with Scratch(BARRIER_BYTES + zero_bytes + right_bytes + left_bytes * count) as [place]:
         ctypes.memset(place, 0, BARRIER_BYTES + zero_bytes)
         zeros, packed = place + BARRIER_BYTES, place + BARRIER_BYTES + zero_bytes
         strides = [stride * item for tensor in (left, right) for stride in tensor.stride()]
@@ -210,34 +209,6 @@ def _even_part(size: int, most: int, multiple: int) -> int:
     """The size of equal parts of at most about so much, a multiple of a number; all where that is enough."""
     parts = -(-size // most)
     return size if parts == 1 else -(-size // (parts * multiple)) * multiple
-
-
-def _lined(size: int) -> int:
-    """So many bytes, filled up to whole cache lines."""
-    return -(-size // _LINE) * _LINE
-
-
-_free: list[Tensor] = []  # scratch that no call uses; taking from it and adding to it are single operations
-
-
-class _Scratch:
-    """Memory for one call, at the start of a cache line. It is kept for later ones: fresh pages cost time."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size + _LINE
-
-    def __enter__(self) -> int:
-        try:
-            self.room = _free.pop()
-        except IndexError:
-            self.room = torch.empty(0, dtype=torch.uint8)
-        if self.room.numel() < self.size:
-            self.room = torch.empty(self.size, dtype=torch.uint8)
-        return _lined(self.room.data_ptr())
-
-    def __exit__(self, *failure: object) -> None:
-        if self.size <= _KEPT_BYTES and len(_free) < threads.count():
-            _free.append(self.room)
 
 
 def _module(dtype: torch.dtype, isa: Isa) -> ir.Module:
