@@ -1,10 +1,12 @@
-"""What every test shares: checked shapes, one thread for each worker, repeatable draws."""
+"""What every test shares: checked shapes, one thread for each worker, repeatable draws, and who runs what when."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,6 +24,53 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # No deadline: the first example of many tests compiles something.
 settings.register_profile("elman", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("elman")
+
+ROOT = Path(__file__).parent
+APART = ("test_readme.py", "test_runs.py", "cli/test_resume.py")
+"""Files of long tests that share nothing: processes of their own."""
+LONG = (
+    *APART,
+    "compiler/test_llvm_guard.py",
+    "test_layers.py",
+    "test_compositions.py",
+    "compiler/test_zoo.py",
+    "test_contract.py",
+    "compiler/test_llvm_processes.py",
+    "compiler/test_llvm_numbers.py",
+    "compiler/test_llvm_threads.py",
+    "compiler/test_ecosystem.py",
+    "compiler/test_llvm_random.py",
+    "cli/test_specs.py",
+    "test_network_contract.py",
+    "compiler/test_llvm_isas.py",
+    "compiler/test_graphed.py",
+    "combinators/test_dropout.py",
+    "combinators/test_feedback.py",
+    "test_bench.py",
+)
+"""Files of more than ten seconds, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: begun last, one would keep a single worker busy while the others have nothing left."""
+    place = {ROOT / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay on one worker, which then traces and compiles their cells once; two would do so twice."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(APART) else file
+
+    if config.getoption("dist") != "load":
+        return None
+    config.option.loadscopereorder = False  # by the number of tests: their time is another matter
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,6 +27,7 @@ NOT_RUN = ("git clone ", "cd ", "scripts/install", "scripts/test", "scripts/benc
 CUTS = [
     (re.compile(r"--(minutes|epochs|steps) \S+"), "--steps 3"),
     (re.compile(r"--hidden \S+"), "--hidden 8"),
+    (re.compile(r"(?<=\()\d{3}(?=[,)])"), "8"),  # the units of a cell within --cell
     (re.compile(r"^scripts/demo$"), f"{ROOT}/scripts/demo demo-run --steps 3 --hidden 8"),
 ]
 SENTENCE = "It was the best of times, it was the worst of times, it was the age of wisdom.\n"
@@ -105,7 +106,6 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     environment = os.environ | {
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "ELMAN_PYTHON": sys.executable,
-        "ELMAN_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
     }
     for command in commands(page):

@@ -1,9 +1,10 @@
 """elman: write the recurrence, get the kernel.
 
-``scan`` unfolds any step through time; ``explain`` and ``draw`` show what becomes of it, ``path_lengths`` how far its
-values are apart; ``record`` marks a value to look at. Cells are single steps, and combinators make cells of cells;
-``RNN``, ``LSTM`` and ``GRU`` are torch.nn's layers on the same engine; ``load`` opens a trained run. What is no single
-step is in ``networks``. Each is loaded on first use, so that ``import elman`` costs nothing by itself.
+``scan`` unfolds any step through time, and ``Stream`` runs it as its inputs arrive; ``explain`` and ``draw`` show what
+becomes of it, ``path_lengths`` how far its values are apart; ``record`` marks a value to look at. Cells are single
+steps, and combinators make cells of cells; ``RNN``, ``LSTM`` and ``GRU`` are torch.nn's layers on the same engine;
+``load`` opens a trained run. What is no single step is in ``networks``. Each is loaded on first use, so that ``import
+elman`` costs nothing by itself.
 """
 
 from importlib import import_module
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .paths import path_lengths
     from .recording import record
     from .runs import load
+    from .streaming import Stream
     from .unfold import Recording, scan
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "SLSTMCell",
     "SRUCell",
     "Stack",
+    "Stream",
     "TimeSkip",
     "VariationalDropout",
     "WeightDrop",
@@ -139,6 +142,7 @@ _HOME = {
     "paths": ("path_lengths",),
     "recording": ("record",),
     "runs": ("load",),
+    "streaming": ("Stream",),
     "unfold": (
         "Recording",
         "scan",

@@ -17,15 +17,14 @@ from guard_pages import Pages
 
 import elman
 from elman.compiler import cache, gemm
-from elman.compiler.llvm import matmul
-from elman.compiler.llvm.isa import ISAS, host
+from elman.compiler.llvm import matmul, scratch
+from elman.compiler.llvm.isa import ISAS, chosen, runnable
 from elman.compiler.llvm.matmul import multiply
-from elman.errors import InputError, UnsupportedError
+from elman.errors import InputError, OptionError, UnsupportedError
 
-_here = host()
-RUNNABLE = [i.name for i in ISAS.values() if _here and i.triple == _here.triple and i.bytes <= _here.bytes]
-DTYPES = (torch.float32, torch.float64)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64"])
+RUNNABLE = [isa.name for isa in runnable()]
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
+each_dtype = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
 
 # (M, K, N): single rows and columns, tiles with a rest, more than one block of rows, of k (768) and of a panel's k.
 SHAPES = (
@@ -66,10 +65,12 @@ def assert_close(out: Tensor, left: Tensor, right: Tensor, init: Tensor | None =
     wide, tall = left.double(), right.double()
     start = torch.zeros(out.shape, dtype=torch.float64) if init is None else init.double().expand(out.shape)
     terms = start.abs() + wide.abs() @ tall.abs()
-    n = left.shape[1] + 1
-    bound = n * torch.finfo(torch.float32).eps / 2 if out.dtype == torch.float32 else 1e-13
+    n, exact = left.shape[1] + 1, start + wide @ tall
+    bound = (1e-13 if out.dtype == torch.float64 else n * torch.finfo(torch.float32).eps / 2) * terms
+    if out.dtype == torch.bfloat16:  # rounded once more
+        bound = bound + (exact.abs() + bound) * torch.finfo(torch.bfloat16).eps / 2
     assert out.shape == (left.shape[0], right.shape[1])
-    assert bool(((out.double() - (start + wide @ tall)).abs() <= bound * terms).all())
+    assert bool(((out.double() - exact).abs() <= bound).all())
 
 
 @each_dtype
@@ -136,36 +137,48 @@ def test_nothing_else_is_written(dtype: torch.dtype, isa: str) -> None:
         assert bool((around == -7.0).all())
 
 
+@pytest.fixture
+def walls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], Pages]]:
+    """Memory between pages that nobody may touch, for operands; scratch lies in such memory too."""
+    held: list[Pages] = []
+
+    def build(at_end: bool) -> Pages:
+        pages = Pages(at_end)
+        held.append(pages)
+
+        class Walled:
+            def __init__(self, *sizes: int) -> None:
+                self.sizes = sizes
+
+            def __enter__(self) -> list[int]:
+                return [pages.room(size, 64) for size in self.sizes]
+
+            def __exit__(self, *failure: object) -> None:
+                pass
+
+        monkeypatch.setattr(matmul, "Scratch", Walled)
+        return pages
+
+    yield build
+    for pages in held:
+        pages.free()
+
+
 @each_dtype
 @pytest.mark.parametrize("at_end", [False, True], ids=["start", "end"])
 def test_no_memory_is_touched_outside(
-    dtype: torch.dtype, at_end: bool, isa: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, at_end: bool, isa: str, walls: Callable[[bool], Pages]
 ) -> None:
-    pages = Pages(at_end)
-
-    class Walled:
-        def __init__(self, size: int) -> None:
-            self.size = size
-
-        def __enter__(self) -> list[int]:
-            return [pages.room(self.size, 64)]
-
-        def __exit__(self, *failure: object) -> None:
-            pass
-
-    monkeypatch.setattr(matmul, "Scratch", Walled)
-    try:
-        for (m, k, n), lay in pairs(SHAPES, (LAYOUTS["rows"], LAYOUTS["columns"])):
-            given = [lay(numbers(*s, dtype=dtype)) for s in ((m, k), (k, n))]
-            init = numbers(m, n, dtype=dtype)
-            left, right, start = (pages.like(tensor) for tensor in (*given, init))
-            out, _ = pages.blank(torch.empty(m, n, dtype=dtype))
-            for tensor in (left, right, start):
-                pages.close(tensor.data_ptr())
-            assert_close(multiply(left, right, start, out), *given, init)
-            assert_close(multiply(left, right, start[0], out), *given, init[0])
-    finally:
-        pages.free()
+    pages = walls(at_end)
+    for (m, k, n), lay in pairs(SHAPES, (LAYOUTS["rows"], LAYOUTS["columns"])):
+        given = [lay(numbers(*s, dtype=dtype)) for s in ((m, k), (k, n))]
+        init = numbers(m, n, dtype=dtype)
+        left, right, start = (pages.like(tensor) for tensor in (*given, init))
+        out, _ = pages.blank(torch.empty(m, n, dtype=dtype))
+        for tensor in (left, right, start):
+            pages.close(tensor.data_ptr())
+        assert_close(multiply(left, right, start, out), *given, init)
+        assert_close(multiply(left, right, start[0], out), *given, init[0])
 
 
 @each_dtype
@@ -206,6 +219,78 @@ def test_threads_share_the_work_and_change_no_bit(
         assert all(torch.equal(alone, out) for out in together)
 
 
+SHORT, LONG = (65, 400, 70), (50, 3201, 130)  # of k: one block, several
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 17, 31), SHORT, LONG], ids=str)
+def test_sums_of_bfloat16_are_float32(shape: tuple[int, int, int], isa: str) -> None:
+    m, k, n = shape
+    left, right = (numbers(*s, dtype=torch.bfloat16) for s in ((m, k), (k, n)))
+    whole = numbers(m, n, dtype=torch.float32)
+    for lay, turn in pairs(LAYOUTS.values(), repeat=2):
+        sums = multiply(lay(left), turn(right), out_dtype=torch.float32)
+        assert sums.dtype == torch.float32
+        assert_close(sums, left, right)
+        rounded = multiply(lay(left), turn(right))
+        assert torch.equal(rounded, sums.bfloat16())
+        for init in (whole, whole[0], whole[:, :1], whole.bfloat16(), whole.t().contiguous().t()):
+            sums = multiply(lay(left), turn(right), init, out=lay(torch.empty(m, n)))
+            assert_close(sums, left, right, init)
+            rounded = multiply(lay(left), turn(right), init, out=lay(torch.empty(m, n, dtype=torch.bfloat16)))
+            assert torch.equal(rounded, sums.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(7, 9, 16), SHORT, (30, 3201, 40)], ids=str)
+def test_sums_of_integers_are_exact(shape: tuple[int, int, int], isa: str) -> None:
+    m, k, n = shape
+    source = torch.Generator().manual_seed(k)
+    left, right, init = (torch.randint(-32, 33, s, generator=source) for s in ((m, k), (k, n), (m, n)))
+    for lay in LAYOUTS.values():
+        given = lay(left.bfloat16()), right.bfloat16(), init.bfloat16()
+        assert torch.equal(multiply(*given, out_dtype=torch.float32), (init + left @ right).float())
+        for precision in ("highest", "high", "medium"):
+            out = multiply(lay(left.float()), right.float(), init.float(), precision=precision)
+            assert torch.equal(out, (init + left @ right).float())
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 33), (9, 17, 31), SHORT, LONG], ids=str)
+def test_medium_rounds_the_operands_where_that_is_faster(shape: tuple[int, int, int], isa: str) -> None:
+    m, k, n = shape
+    left, right, init = (numbers(*s, dtype=torch.float32) for s in ((m, k), (k, n), (m, n)))
+    found = chosen()
+    assert found is not None
+    for lay, turn in pairs(LAYOUTS.values(), repeat=2):
+        exact = multiply(lay(left), turn(right), init)
+        assert torch.equal(multiply(lay(left), turn(right), init, precision="high"), exact)
+        out = multiply(lay(left), turn(right), init, precision="medium")
+        assert torch.equal(out, exact) != bool(found.dot)
+        if found.dot:
+            own = multiply(left.bfloat16(), right.bfloat16(), init, out_dtype=torch.float32)
+            assert torch.equal(out, own)
+            assert_close(out, left.bfloat16(), right.bfloat16(), init)
+        assert torch.equal(matmul.added(init, lay(left), turn(right), "medium"), out) or m * k * n < matmul._LITTLE
+
+
+def test_float64_knows_no_other_precision() -> None:
+    left, right = numbers(40, 50, dtype=torch.float64), numbers(50, 60, dtype=torch.float64)
+    assert torch.equal(multiply(left, right, precision="medium"), multiply(left, right))
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["start", "end"])
+def test_nothing_outside_is_touched_by_what_is_rounded(at_end: bool, isa: str, walls: Callable[[bool], Pages]) -> None:
+    pages = walls(at_end)
+    for (m, k, n), lay in pairs((*SHAPES, SHORT), (LAYOUTS["rows"], LAYOUTS["columns"])):
+        given = [lay(numbers(*s, dtype=torch.float32)) for s in ((m, k), (k, n))]
+        left, right = (pages.like(tensor) for tensor in given)
+        low_left, low_right = (pages.like(tensor.bfloat16()) for tensor in given)
+        out, _ = pages.blank(torch.empty(m, n))
+        for tensor in (left, right, low_left, low_right):
+            pages.close(tensor.data_ptr())
+        assert_close(multiply(low_left, low_right, out=out), low_left, low_right)
+        medium = multiply(left, right, out=out, precision="medium")
+        assert_close(medium, *((low_left, low_right) if ISAS[isa].dot else given))
+
+
 @each_dtype
 def test_denormal_numbers_count_as_zero_inside_alone(dtype: torch.dtype, isa: str) -> None:
     tiny = torch.finfo(dtype).tiny
@@ -232,16 +317,16 @@ def test_several_threads_of_python_at_once() -> None:
 
 
 def test_scratch_is_kept_for_later_calls_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_free", [])
+    monkeypatch.setattr(scratch, "_free", [])
     left, right = numbers(64, 100, dtype=torch.float32), numbers(100, 64, dtype=torch.float32)
     multiply(left, right)
-    (kept,) = matmul._free
+    (kept,) = scratch._free
     multiply(left, right)
-    assert matmul._free[0] is kept
-    assert len(matmul._free) == 1
-    monkeypatch.setattr(matmul, "_KEPT_BYTES", 1)
+    assert scratch._free[0] is kept
+    assert len(scratch._free) == 1
+    monkeypatch.setattr(scratch, "_KEPT_BYTES", 1)
     multiply(left, right)
-    assert matmul._free == []
+    assert scratch._free == []
 
 
 def test_operands_that_do_not_fit() -> None:
@@ -255,10 +340,19 @@ def test_operands_that_do_not_fit() -> None:
         ((a, b, torch.zeros(2, 3, 5)), r"\(3, 5\), got \(2, 3, 5\)"),
         ((a, b, None, torch.zeros(5, 3)), r"\(5, 3\)"),
         ((a, b, None, torch.zeros(3, 5, dtype=torch.float64)), "float64"),
+        ((a, b, None, torch.zeros(3, 5, dtype=torch.bfloat16)), "bfloat16"),
+        ((a.bfloat16(), b), "bfloat16 on cpu, torch.float32"),
+        ((a.bfloat16(), b.bfloat16(), torch.zeros(5, dtype=torch.float64)), "float64"),
     ]
     for operands, message in cases:
         with pytest.raises(InputError, match=message):
             multiply(*operands)
+    with pytest.raises(InputError, match=r"out_dtype=torch\.float16"):
+        multiply(a, b, out_dtype=torch.float16)
+    with pytest.raises(InputError, match="out_dtype"):
+        multiply(a.bfloat16(), b.bfloat16(), None, torch.zeros(3, 5), out_dtype=torch.bfloat16)
+    with pytest.raises(OptionError, match="'low'"):
+        multiply(a, b, precision="low")  # type: ignore[arg-type]
 
 
 def test_a_processor_without_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +365,9 @@ def test_a_processor_without_machine_code(monkeypatch: pytest.MonkeyPatch) -> No
 def test_small_products_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[int, ...]] = []
 
-    def spy(left: Tensor, right: Tensor, init: Tensor | None = None) -> Tensor:
+    def spy(left: Tensor, right: Tensor, init: Tensor | None = None, **options: Any) -> Tensor:
         taken.append((*left.shape, right.shape[1]))
-        return multiply(left, right, init)
+        return multiply(left, right, init, **options)
 
     monkeypatch.setattr(matmul, "multiply", spy)
     for m, k, n in ((32, 32, 32), (8, 512, 512), (4096, 4, 128), (4096, 128, 4), (128, 128, 128)):
@@ -283,7 +377,7 @@ def test_small_products_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytes
     assert taken == [(128, 128, 128)] * 2
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("prefers", [True, False], ids=["onednn", "mkl"])
 def test_programs_of_machine_code_use_it(dtype: torch.dtype, prefers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []

@@ -20,6 +20,7 @@ from .program import Program, hoist, partition
 from .step import Step
 
 if TYPE_CHECKING:
+    from .llvm.kernel import Kernel
     from .llvm.kernels import Kernels
 
 __all__ = ["Compiled", "Differentiated", "kernels_of"]
@@ -95,6 +96,14 @@ class Compiled:
     def program(self) -> Program:
         """The forward program without a derivative: nothing is kept."""
         return partition(self.step)
+
+    @cached_property
+    def whole(self) -> Kernel:
+        """All of the step as one kernel. Raises UnsupportedError where there is none."""
+        from .llvm.resident import whole
+
+        with tracing():
+            return whole(self.step)
 
     @cached_property
     def plain(self) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from ..metrics import Loss, bits
 from ..networks import LanguageModel
 from ..penalties import activation_penalty, temporal_penalty
 from ..spec import Spec, parse_spec
+from ..streaming import Stream
 from ..text import StreamDecoder, Tokenizer, Tokens, split, tokenise, write_default_text
 from ..types import State
 
@@ -334,15 +335,17 @@ def load_weights(run: RunDirectory) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def closed_step(model: LanguageModel, tokenizer: Tokenizer) -> Any:
-    """The model's step for decoding: begins with its own initial state and never draws the unknown symbol."""
+    """The model's step for decoding: begins with its own initial state and never draws the unknown symbol.
 
-    def step(ids: Tensor, state: State) -> tuple[Tensor, State]:
-        if state is None:
-            state = model.initial_state(len(ids))
-        logits, state = model.step(ids, state)
+    The state that it hands on is a stream, so a state goes on once.
+    """
+
+    def step(ids: Tensor, stream: Stream | None) -> tuple[Tensor, Stream]:
+        stream = stream or Stream(model.cell, model.initial_state(len(ids)), copy=False)
+        logits = model.logits(model.dropout_output(stream(model.dropout_input(model.embedding(ids)))))
         if tokenizer.kind == "char":
-            logits = logits.index_fill(1, torch.zeros(1, dtype=torch.int64, device=logits.device), -math.inf)
-        return logits, state
+            logits[:, 0] = -math.inf
+        return logits, stream
 
     return step
 

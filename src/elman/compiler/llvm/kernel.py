@@ -27,7 +27,7 @@ from .lower import lower
 from .rings import Rings
 from .scratch import LINE, Scratch, lined
 
-__all__ = ["Kernel", "PrecisionError", "compile_loop"]
+__all__ = ["Bound", "Kernel", "PrecisionError", "compile_loop"]
 
 _FLOATS = {torch.float32, torch.float64}
 
@@ -79,44 +79,12 @@ class Kernel:
             for buffer in self.sums:
                 outputs[buffer.number].zero_()
             return
-        count, units = self._sharing(rows)
-        held: list[Tensor] = []  # alive until the call is over
-        partial = self._partial(count, outputs)
-        rings = self.rings.filled(rows, reverse, inputs)
-        slots = [
-            self._given(chain[0], ring[0], rows, held) for chain, ring in zip(self.rings.chains, rings, strict=True)
-        ]
-        with Scratch(BARRIER_BYTES, *(rows.batch * size for size in self.scratch), *self.packed) as places:
-            meeting, *scratch = places[: len(places) - len(self.packed)]
-            ctypes.memset(meeting, 0, BARRIER_BYTES)
-            words = [0, 0, rows.steps, rows.batch, reverse, 0, 0, meeting, units]
-            if not rows.uniform:
-                words[5:7] = self._layout(rows, held)
-            free = iter(scratch)
-            for buffer in self.lowered.buffers:
-                if buffer.role == "scratch":
-                    words += (next(free), _row_bytes(buffer))
-                elif buffer.role == "sum":
-                    words += (partial[buffer].data_ptr(), _row_bytes(buffer))
-                elif buffer.slot is not None:
-                    words += slots[buffer.slot.ring]
-                else:
-                    tensor = (outputs if buffer.role == "output" else inputs)[buffer.number]
-                    words += self._given(buffer, tensor, rows, held)
-            for product, place in zip(self.products, places[len(places) - len(self.packed) :], strict=True):
-                words += (place, *self._weight(product, inputs, held))
-            args = array("q", words)
+        with Bound(self, rows, reverse, inputs, outputs) as bound:
             steps = max(_WORK_OF_A_CALL // max(self.flops * rows.batch, 1), 1)
             for first in range(0, rows.steps, steps):
-                args[0], args[1] = first, min(first + steps, rows.steps)
-                threads.run(self.address, args.buffer_info()[0], count)
-        self.rings.read(rings, rows, reverse, inputs)
-        if count > 1:
-            for buffer, sums in partial.items():
-                out = outputs[buffer.number]
-                torch.sum(sums[:, : buffer.row].view(count, *out.shape), 0, out=out)
+                bound.run(first, min(first + steps, rows.steps))
 
-    def _sharing(self, rows: Rows) -> tuple[int, bool]:
+    def sharing(self, rows: Rows) -> tuple[int, bool]:
         """How many threads run, and whether they share the units; the rows otherwise."""
         if self.flops * rows.total < _WORK_TO_SHARE or (count := threads.count()) == 1:
             return 1, False
@@ -126,20 +94,82 @@ class Kernel:
             return min(count, rows.batch), False
         return count, True
 
-    def _partial(self, count: int, outputs: Sequence[Tensor]) -> dict[Buffer, Tensor]:
-        """Zeros for every thread to sum over its rows, whole cache lines; one thread has those of the result."""
-        if count == 1:
-            return {b: outputs[b.number].zero_() for b in self.sums}
-        return {b: torch.zeros(count, _row_bytes(b) // b.dtype.itemsize, dtype=b.dtype) for b in self.sums}
 
-    def _layout(self, rows: Rows, held: list[Tensor]) -> list[int]:
+class Bound:
+    """A kernel with the tensors that it runs on, for one call: a context. ``words`` are what its code is told.
+
+    The states are overwritten with the last ones when the context is left.
+    """
+
+    def __init__(
+        self, kernel: Kernel, rows: Rows, reverse: bool, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        self.kernel, self.rows, self.reverse, self.inputs, self.outputs = kernel, rows, reverse, inputs, outputs
+        self.count, self.units = kernel.sharing(rows)
+        self.held: list[Tensor] = []  # alive until the call is over
+        self.partial = self._partial()
+        self.rings = kernel.rings.filled(rows, reverse, inputs)
+        sizes = (rows.batch * size for size in kernel.scratch)
+        self.scratch = Scratch(BARRIER_BYTES, *sizes, *kernel.packed)
+
+    def __enter__(self) -> Bound:
+        kernel, rows, places = self.kernel, self.rows, self.scratch.__enter__()
+        try:
+            meeting, *free = places[: len(places) - len(kernel.packed)]
+            ctypes.memset(meeting, 0, BARRIER_BYTES)
+            words = [0, 0, rows.steps, rows.batch, self.reverse, 0, 0, meeting, self.units]
+            if not rows.uniform:
+                words[5:7] = self._layout()
+            slots = [
+                self._given(chain[0], ring[0]) for chain, ring in zip(kernel.rings.chains, self.rings, strict=True)
+            ]
+            for buffer in kernel.lowered.buffers:
+                if buffer.role == "scratch":
+                    words += (free.pop(0), _row_bytes(buffer))
+                elif buffer.role == "sum":
+                    words += (self.partial[buffer].data_ptr(), _row_bytes(buffer))
+                elif buffer.slot is not None:
+                    words += slots[buffer.slot.ring]
+                else:
+                    given = self.outputs if buffer.role == "output" else self.inputs
+                    words += self._given(buffer, given[buffer.number])
+            for product, place in zip(kernel.products, places[len(places) - len(kernel.packed) :], strict=True):
+                words += (place, *self._weight(product))
+        except BaseException as error:
+            self.scratch.__exit__(error)
+            raise
+        self.words = array("q", words)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.scratch.__exit__(*failure)
+        self.kernel.rings.read(self.rings, self.rows, self.reverse, self.inputs)
+        if self.count > 1:
+            for buffer, sums in self.partial.items():
+                out = self.outputs[buffer.number]
+                torch.sum(sums[:, : buffer.row].view(self.count, *out.shape), 0, out=out)
+
+    def run(self, first: int, last: int) -> None:
+        """Run the steps from the first to below the last, counted in the order in which they are done."""
+        self.words[0], self.words[1] = first, last
+        threads.run(self.kernel.address, self.words.buffer_info()[0], self.count)
+
+    def _partial(self) -> dict[Buffer, Tensor]:
+        """Zeros for every thread to sum over its rows, whole cache lines; one thread has those of the result."""
+        sums, count = self.kernel.sums, self.count
+        if count == 1:
+            return {b: self.outputs[b.number].zero_() for b in sums}
+        return {b: torch.zeros(count, _row_bytes(b) // b.dtype.itemsize, dtype=b.dtype) for b in sums}
+
+    def _layout(self) -> list[int]:
         """Where the number of rows of every step stands, and how many come before them."""
-        made = [torch.tensor(values, dtype=torch.int64) for values in (rows.batch_sizes, rows.offsets)]
-        held += made
+        made = [torch.tensor(values, dtype=torch.int64) for values in (self.rows.batch_sizes, self.rows.offsets)]
+        self.held += made
         return [values.data_ptr() for values in made]
 
-    def _given(self, buffer: Buffer, tensor: Tensor, rows: Rows, held: list[Tensor]) -> tuple[int, int]:
+    def _given(self, buffer: Buffer, tensor: Tensor) -> tuple[int, int]:
         """Address and row stride of a tensor, after a look at whether it is what the code was made for."""
+        rows = self.rows
         count = rows.total if buffer.kind == "time" else 1 if buffer.kind == "shared" else rows.batch
         right = tensor.dtype is buffer.dtype and tensor.numel() == count * buffer.row and tensor.is_cpu
         if not right or tensor.layout is not torch.strided:
@@ -148,27 +178,27 @@ class Kernel:
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
         if not tensor.is_contiguous():
-            if buffer in self.weights:  # read by packing alone
+            if buffer in self.kernel.weights:  # read by packing alone
                 return 0, 0
             if buffer.kind != "shared" and _neighbours(tensor):
                 return tensor.data_ptr(), tensor.stride(0) * tensor.itemsize
             if buffer.role != "input":
                 raise AssertionError(f"{buffer.name} is written to and must have its numbers side by side")
             tensor = tensor.contiguous()
-            held.append(tensor)
+            self.held.append(tensor)
         return tensor.data_ptr(), buffer.row * tensor.itemsize
 
-    def _weight(self, product: Product, inputs: Sequence[Tensor], held: list[Tensor]) -> tuple[int, int, int]:
+    def _weight(self, product: Product) -> tuple[int, int, int]:
         """Address of the weight (K, N) of a product, its bytes from k to k and from column to column."""
         if isinstance(product.weight, Buffer):
-            weight = inputs[product.weight.number]
+            weight = self.inputs[product.weight.number]
             if weight.shape != (product.k, product.n) or weight.dtype is not product.out.buffer.dtype:
                 raise RuntimeError(f"a weight ({product.k}, {product.n}) was expected, got {tuple(weight.shape)}")
             along, across = weight.stride()
             return weight.data_ptr(), along * weight.itemsize, across * weight.itemsize
         buffer, offset, along, across = product.weight
-        whole = inputs[buffer.number].contiguous()
-        held.append(whole)
+        whole = self.inputs[buffer.number].contiguous()
+        self.held.append(whole)
         return whole.data_ptr() + offset * whole.itemsize, along * whole.itemsize, across * whole.itemsize
 
 

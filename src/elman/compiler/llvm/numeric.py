@@ -131,7 +131,7 @@ class Numeric:
     def factors(self, b: ir.IRBuilder, place: ir.Value, lanes: int) -> list[ir.Value]:
         """An element of ``left``, the same in every lane, as numbers that can be multiplied."""
         if self.dot:
-            word = splat(b, load(b, place, I32), lanes)
+            word = splat(b, load(b, place, I32, 2), lanes)
             return [b.bitcast(word, vector(BF16, 2 * lanes))]
         apart = self.left.part // 8
         return [splat(b, load(b, at(b, place, i * apart), self.sums), lanes) for i in range(self.group)]

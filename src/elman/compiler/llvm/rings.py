@@ -58,23 +58,27 @@ class Rings:
 
     def filled(self, rows: Rows, reverse: bool, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Every ring (d, B, …), with the states where the first steps of their sequences look."""
-        begin = rows.steps - _lengths(rows) if reverse and not rows.uniform else 0
-        return [_turned(torch.stack([inputs[b.number] for b in chain]), -begin) for chain in self.chains]
+        made = [torch.stack([inputs[b.number] for b in chain]) for chain in self.chains]
+        if rows.uniform or not reverse:
+            return made
+        return [_turned(ring, _lengths(rows) - rows.steps) for ring in made]
 
     def read(self, filled: Sequence[Tensor], rows: Rows, reverse: bool, inputs: Sequence[Tensor]) -> None:
         """Overwrite the states with what stands in their places after the last steps of their sequences."""
-        end = rows.steps if reverse or rows.uniform else _lengths(rows)
         for chain, ring in zip(self.chains, filled, strict=True):
-            torch._foreach_copy_([inputs[b.number] for b in chain], list(_turned(ring, end)))
+            if rows.uniform or reverse:
+                slots, end = ring.unbind(), rows.steps % len(chain)
+                found = slots[end:] + slots[:end]
+            else:
+                found = _turned(ring, _lengths(rows)).unbind()
+            torch._foreach_copy_([inputs[b.number] for b in chain], found)
 
 
-def _turned(values: Tensor, by: int | Tensor) -> Tensor:
+def _turned(ring: Tensor, by: Tensor) -> Tensor:
     """(d, B, …) with, for state i of sequence b, what was in slot (i + by(b)) mod d."""
-    slots, batch = values.shape[:2]
-    if isinstance(by, int):
-        return values.roll(-by, 0) if by % slots else values
-    places = (torch.arange(slots, device="cpu").unsqueeze(1) + by) % slots
-    return values[places, torch.arange(batch, device="cpu")].contiguous()
+    d, batch = ring.shape[:2]
+    slots = (torch.arange(d, device="cpu").unsqueeze(1) + by) % d
+    return ring[slots, torch.arange(batch, device="cpu")].contiguous()
 
 
 def _lengths(rows: Rows) -> Tensor:

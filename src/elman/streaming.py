@@ -1,0 +1,170 @@
+"""A cell run one step at a time: what arrives is answered at once, in constant memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import InputError, OptionError, UnfoldError
+from .packing import Rows
+from .protocol import MISTAKES, kind
+from .types import Pytree, State
+from .unfold import prepare, scan
+
+__all__ = ["Stream"]
+
+_BACKENDS = ("auto", "reference", "llvm")
+
+
+class Stream:
+    """y(t) = stream(x(t)): one step of a cell for each call, without gradients, the state kept inside.
+
+        stream = elman.Stream(cell)
+        for x in source:          # (B, …), the same shapes every time
+            y = stream(x)         # (B, …)
+
+    On a CPU the whole step is one kernel, bound to memory of its own with its weights packed: nothing is traced, and
+    but for the copy of y nothing is allocated from the second step on. What has no kernel runs as it is written.
+    Weights are read at the first step and at ``reset``. One stream serves one thread at a time.
+
+    Args:
+        cell: what ``scan`` takes. In training mode its dropout draws anew at every step.
+        state: where to start, (B, …) leaves; None asks the cell.
+        constants: what does not change over time, (B, …) leaves.
+        backend: "auto", "llvm" (the kernel, or an error that says why there is none), "reference" (as it is written).
+        copy: False gives y in the stream's own memory, which the next step overwrites.
+
+    Raises:
+        CellError, StateError, InputError: as ``scan``, at the first step; InputError for an x of another shape or type
+        later. OptionError: unknown backend. UnfoldError: "llvm" was asked for and cannot run this step.
+
+    Source: Goodfellow, Bengio, Courville, Deep Learning (2016), section 10.1, equation 10.5.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        state: State = None,
+        *,
+        constants: Pytree = None,
+        backend: str = "auto",
+        copy: bool = True,
+    ) -> None:
+        if backend not in _BACKENDS:
+            raise OptionError.unknown("backend", str(backend), _BACKENDS)
+        self.cell, self.constants, self.copy = cell, constants, copy
+        self._asked, self._first = backend, state
+        self._runs: _Kernel | _Written | None = None
+
+    @torch.no_grad()
+    def __call__(self, x: Pytree) -> Pytree:
+        """One step: x (B, …) → y (B, …)."""
+        leaves = [x] if isinstance(x, Tensor) else pytree.tree_leaves(x)
+        if self._runs is None:
+            return self._begin(x, leaves)
+        if len(leaves) != len(self._runs.shapes) or any(map(_differs, leaves, self._runs.shapes)):
+            now, before = (", ".join(map(_kind, of)) for of in (leaves, self._runs.like))
+            raise InputError(f"this stream began with x of {before} and was given {now}; begin another for it.")
+        return self._runs.step(leaves, self.copy)
+
+    @property
+    def state(self) -> State:
+        """The state after the last step, (B, …) leaves of their own; what it starts from before the first one."""
+        return self._first if self._runs is None else self._runs.protocol.state.rebuild(self._runs.state)
+
+    @property
+    def backend(self) -> str | None:
+        """What runs the steps, "llvm" or "reference"; None before the first one."""
+        return None if self._runs is None else self._runs.name
+
+    def reset(self, state: State = None) -> None:
+        """Start again, from that state or the cell's own, with the weights as they are at the next step."""
+        self._first, self._runs = state, None
+
+    def _begin(self, x: Pytree, leaves: list[Any]) -> Pytree:
+        """The first step."""
+        for leaf in leaves or [None]:
+            if not isinstance(leaf, Tensor) or not leaf.dim():
+                raise InputError(f"x must be tensors (B, …); got {_kind(leaf)}.")
+        try:
+            runs = self._begun(x, leaves[0])
+            y = runs.step(leaves, self.copy)
+        except MISTAKES:  # a scan of one step says what is wrong in the user's terms
+            steps = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), x)
+            scan(self.cell, steps, self._first, constants=self.constants, backend="reference")
+            raise
+        self._runs = runs
+        return y
+
+    def _begun(self, x: Pytree, first: Tensor) -> _Kernel | _Written:
+        rows = Rows(1, len(first))
+        protocol, constants = prepare(self.cell, rows, x, self._first, self.constants, False)
+        written = _Written(protocol, constants)
+        if self._asked == "reference" or (self._asked == "auto" and first.device.type != "cpu"):
+            return written
+        try:
+            return _Kernel(protocol, constants, rows)
+        except UnfoldError:
+            if self._asked == "llvm":
+                raise
+            return written
+
+
+class _Written:
+    """Steps as the cell writes them."""
+
+    name = "reference"
+
+    def __init__(self, protocol: Any, constants: list[Tensor]) -> None:
+        self.protocol, self.constants = protocol, constants
+        self.like, self.shapes = protocol.xs.leaves, list(map(_form, protocol.xs.leaves))
+        self.state = list(protocol.state.leaves)
+        self._step = protocol.step(protocol.tensors if protocol.masks or protocol.drawn else None)
+
+    def step(self, leaves: list[Tensor], copy: bool) -> Pytree:
+        ys, self.state, _ = self._step(leaves, self.state, self.constants)
+        return self.protocol.y.rebuild(ys)
+
+
+class _Kernel:
+    """Steps as one kernel."""
+
+    name = "llvm"
+
+    def __init__(self, protocol: Any, constants: list[Tensor], rows: Rows) -> None:
+        from .compiler.cache import Signature, program_of
+        from .compiler.llvm.resident import Resident
+
+        self.protocol = protocol
+        self.like, self.shapes = protocol.xs.leaves, list(map(_form, protocol.xs.leaves))
+        xs, state, own = protocol.xs.leaves, protocol.state.leaves, protocol.tensors
+        program = program_of(protocol, Signature.of(xs, state, constants, own))
+        weights = program.weights(rows.batch, [*own.values(), *constants], xs[0].device.type)
+        self._resident = Resident(program.step, program.whole, xs, state, weights)
+        self._y = program.y
+
+    @property
+    def state(self) -> list[Tensor]:
+        return self._resident.state
+
+    def step(self, leaves: list[Tensor], copy: bool) -> Pytree:
+        resident = self._resident
+        for room, x in zip(resident.xs, leaves, strict=True):
+            room.copy_(x)
+        resident.run()
+        return self._y.rebuild([y.clone() for y in resident.ys] if copy else resident.ys)
+
+
+def _form(leaf: Tensor) -> tuple[Any, ...]:
+    return leaf.shape, leaf.dtype, leaf.device
+
+
+def _differs(leaf: Any, form: tuple[Any, ...]) -> bool:
+    return not isinstance(leaf, Tensor) or leaf.shape != form[0] or leaf.dtype != form[1] or leaf.device != form[2]
+
+
+def _kind(leaf: Any) -> str:
+    return kind(leaf) if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
