@@ -19,6 +19,7 @@ from elman.packing import rows_of
 from elman.unfold import prepare
 
 __all__ = [
+    "assert_reloads",
     "assert_same",
     "by_hand",
     "compiled",
@@ -31,7 +32,6 @@ __all__ = [
     "operations",
     "part",
     "poisoned",
-    "reloaded",
     "scan_by",
 ]
 
@@ -76,12 +76,13 @@ def poisoned(tree: Any, lengths: Any) -> Any:
     return differentiable(pytree.tree_map_only(Tensor, filled, tree))
 
 
-def reloaded(module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    """Another module of that kind, made from other draws, with the values of this one written and read."""
+def assert_reloads(module: nn.Module, make: Callable[[], nn.Module], run: Callable[[nn.Module], Any]) -> None:
+    """Another module, from other draws, gives the same bits once it has the values of this one, written and read."""
     torch.manual_seed(99)
     other = make().double().eval()
     other.load_state_dict(load(save({name: value.contiguous() for name, value in module.state_dict().items()})))
-    return other
+    for found, expected in zip(leaves(run(other)), leaves(run(module)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def inputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ import torch  # noqa: E402  (the hook has to be in place before elman, and whate
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# Tracing and writing kernels make so many objects that Python would look for unreachable ones a fifth of the time.
+gc.set_threshold(20_000)
 
 # No deadline: the first example of many tests compiles something.
 settings.register_profile("elman", deadline=None, derandomize="CI" in os.environ)
@@ -59,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The tests of a file stay on one worker, which then traces and compiles their cells once; two would do so twice."""
+    """The tests of a file stay on one worker, which traces and compiles their cells once; two would do so twice."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

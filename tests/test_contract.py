@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 import elman
 from comparing import (
+    assert_reloads,
     assert_same,
     by_hand,
     compiled,
@@ -19,7 +20,6 @@ from comparing import (
     leaves,
     part,
     poisoned,
-    reloaded,
     scan_by,
 )
 from contracts import ROWS, Row
@@ -125,13 +125,8 @@ def test_begins_where_it_says(row: Row) -> None:
 def test_saved_equals_loaded(row: Row) -> None:
     cell = made(row)
     sources = given(row, cell)
-    other = reloaded(cell, row.make)
-    for found, expected in zip(
-        leaves(elman.scan(other, sources["xs"], sources["state"], constants=sources["constants"])),
-        leaves(elman.scan(cell, sources["xs"], sources["state"], constants=sources["constants"])),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    xs, state, constants = sources.values()
+    assert_reloads(cell, row.make, lambda cell: elman.scan(cell, xs, state, constants=constants))
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.loops is not None])

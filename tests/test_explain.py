@@ -168,7 +168,7 @@ def test_the_representation_is_one_that_llvm_accepts() -> None:
         module = llvm.parse_assembly(text)
         module.verify()
         defined = {f.name for f in module.functions if not f.is_declaration}
-        assert {"loop", "pack0", "steps", "barrier"} <= defined
+        assert {"loop", "steps", "barrier"} <= defined
     isa = chosen()
     assert isa is not None
     assert f"<{isa.lanes(32)} x float>" in forward

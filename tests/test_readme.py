@@ -23,6 +23,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = ("git clone ", "cd ", "scripts/install", "scripts/test", "scripts/bench", "PIP_")
 """What fetches something, or runs these tests themselves."""
+ONCE = "scripts/demo"
+"""Needs nothing of the page that names it, and makes nothing for it: README.md's is run for all."""
 
 CUTS = [
     (re.compile(r"--(minutes|epochs|steps) \S+"), "--steps 3"),
@@ -53,7 +55,8 @@ def commands(page: Path) -> list[str]:
         for line in text.replace("\\\n", " ").splitlines()
         if line.startswith("$ ")
     ]
-    kept = [part.strip() for line in lines for part in line.split("&&") if not part.strip().startswith(NOT_RUN)]
+    left_out = NOT_RUN if page.name == "README.md" else (*NOT_RUN, ONCE)
+    kept = [part.strip() for line in lines for part in line.split("&&") if not part.strip().startswith(left_out)]
     for pattern, short in CUTS:
         kept = [pattern.sub(short, line) for line in kept]
     return kept

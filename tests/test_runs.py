@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from processes import started
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
@@ -43,17 +43,16 @@ def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     "script", [pytest.param(s, marks=[pytest.mark.slow] if s in SLOW else []) for s in SCRIPTS if s != "tables"]
 )
 def test_quick_runs_and_writes_nothing(script: str, tmp_path: Path) -> None:
-    copy = tmp_path / "runs"
-    copy.mkdir()
+    folder = tmp_path / "checkout"
+    (folder / "runs").mkdir(parents=True)
     for path in RUNS.glob("*.py"):  # it writes beside itself, and into docs/ beside its folder
-        shutil.copy(path, copy)
-    before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, "-B", "-W", "error", f"runs/{script}.py", "--quick"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
-    assert sorted(tmp_path.rglob("*")) == before
+        shutil.copy(path, folder / "runs")
+    before = sorted(folder.rglob("*"))
+    process = started(folder / "runs" / f"{script}.py", "--quick", folder=folder)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "err.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8")
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_result_is_kept_with_what_it_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,16 +55,17 @@ def kind(leaf: Tensor) -> str:
 class Tree:
     """A pytree taken apart into its tensors; anything else in it (None, numbers) stays part of the structure."""
 
-    __slots__ = ("leaves", "others", "spec")
+    __slots__ = ("flat", "leaves", "others", "spec")
 
     def __init__(self, tree: Pytree) -> None:
+        self.flat = False  # whether it is a plain tuple of tensors
         self.spec: Any = None
         self.others: tuple[Any, ...] = ()
         if isinstance(tree, Tensor):
             self.leaves: list[Tensor] = [tree]
             return
         if type(tree) is tuple and len(tree) < len(_FLAT) and all(isinstance(leaf, Tensor) for leaf in tree):
-            self.leaves, self.spec, self.others = list(tree), _FLAT[len(tree)], (None,) * len(tree)
+            self.leaves, self.spec, self.others, self.flat = list(tree), _FLAT[len(tree)], (None,) * len(tree), True
             return
         leaves, self.spec = pytree.tree_flatten(tree)
         self.leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -88,13 +89,16 @@ class Tree:
     def structure(self) -> Any:
         """The tree without its tensors, hashable."""
         if self.spec is None or self.flat:
-            return None if self.spec is None else len(self.leaves)
+            return None if self.spec is None else len(self.others)
         return (repr(self.spec), repr(self.others))
 
-    @property
-    def flat(self) -> bool:
-        """Whether it is a plain tuple of tensors."""
-        return len(self.leaves) < len(_FLAT) and self.spec is _FLAT[len(self.leaves)]
+    @classmethod
+    def empty(cls, spec: Any, others: tuple[Any, ...]) -> Tree:
+        """A structure without its tensors."""
+        made = cls.__new__(cls)
+        made.leaves, made.spec, made.others = [], spec, others
+        made.flat = len(others) < len(_FLAT) and spec == _FLAT[len(others)] and not any(others)
+        return made
 
 
 _FLAT = tuple(pytree.tree_structure((0,) * count) for count in range(9))
@@ -139,8 +143,11 @@ def start(
     cell: nn.Module, xs: list[Tensor], batch: int, parameters: Iterable[Tensor] | None = None, constants: Pytree = None
 ) -> Any:
     """The cell's own initial state, in the type of its parameters, on the device of xs."""
-    sources = chain(cell.parameters() if parameters is None else parameters, xs)
-    dtype = next((leaf.dtype for leaf in sources if leaf.is_floating_point()), torch.get_default_dtype())
+    dtype = torch.get_default_dtype()
+    for leaf in chain(cell.parameters() if parameters is None else parameters, xs):
+        if leaf.is_floating_point():
+            dtype = leaf.dtype
+            break
     return initial_state(cell, batch, device=xs[0].device, dtype=dtype, constants=constants)
 
 

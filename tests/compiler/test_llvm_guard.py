@@ -6,6 +6,7 @@ A wrong address ends the process that runs the kernel, so that is another one; t
 from __future__ import annotations
 
 import ctypes
+import gc
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,7 +38,8 @@ class Apart:
         self.pool: ProcessPoolExecutor | None = None
 
     def __call__(self, function: Any, *args: Any) -> Any:
-        self.pool = self.pool or ProcessPoolExecutor(1, get_context("spawn"))
+        if self.pool is None:  # which collects garbage as seldom as this process
+            self.pool = ProcessPoolExecutor(1, get_context("spawn"), gc.set_threshold, gc.get_threshold())
         try:
             return self.pool.submit(function, *args).result()
         except BrokenProcessPool:

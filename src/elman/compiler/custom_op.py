@@ -80,13 +80,8 @@ def _number(
     cell: nn.Module, xs: Any, state: Any, constants: Any, leaves: Any, names: list[str], modes: Any, drawn: Any
 ) -> int:
     """Trace the cell, while Dynamo runs, and give its program a number."""
-
-    def tree(skeleton: Any) -> Tree:
-        made = Tree.__new__(Tree)
-        made.leaves, (made.spec, made.others) = [], skeleton
-        return made
-
-    protocol = Protocol(cell, tree(xs), tree(state), None if constants is None else tree(constants), False)
+    kept = None if constants is None else Tree.empty(*constants)
+    protocol = Protocol(cell, Tree.empty(*xs), Tree.empty(*state), kept, False)
     protocol.drawn = tuple(drawn)
     parts = [tuple(Leaf(torch.Size(leaf[0]), *leaf[1:]) for leaf in part) for part in leaves]
     signature = Signature(parts[0], parts[1], parts[2], parts[3], tuple(names))

@@ -25,11 +25,11 @@ class Ends(Values):
                 value.buffer.number = number
                 continue
             buffer = value.buffer if view is value.meta else None
-            if buffer is not None and buffer.role == "scratch":
+            if buffer is not None and buffer.role == "scratch" and buffer.dtype == outer.meta["val"].dtype:
                 buffer.kind, buffer.role, buffer.number = "time", "output", number
                 continue
             shape = self.shape_of(self.canonical(node.meta["val"]))
-            out = self.new_buffer(outer.name, "time", node.meta["val"])
+            out = self.new_buffer(outer.name, "time", node.meta["val"], outer.meta["val"].dtype)
             out.role, out.number = "output", number
             self.write_to(node, Access(out, 0, self.own_strides(shape)), shape)
 
@@ -98,6 +98,8 @@ class Ends(Values):
             (i for i, p in enumerate(self.items) if isinstance(p, Product) and p.out.buffer is value.buffer), -1
         )
         if made < 0 or view is not value.meta or value.buffer is None or value.buffer.role != "scratch":
+            return False
+        if value.buffer.dtype != state.dtype:
             return False
         product, later = self.items[made], self.items[made + 1 :]
         assert isinstance(product, Product)

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from llvmlite import ir
 
 from .code import (
+    BF16,
     BYTE,
+    F32,
+    F64,
     I64,
     PTR,
     VOID,
@@ -28,10 +32,11 @@ from .code import (
 from .entry import barrier, exported
 from .isa import Isa
 from .items import Access, Buffer, Contract, Item, Lowered, Product
+from .memory import BYTES
 from .product import pack, packed_bytes, panels, product
-from .rowcode import BYTES, KINDS, RowCode, divides, least, share
+from .rowcode import RowCode, divides, least, share
 
-__all__ = ["WORDS", "generate", "packed_sizes"]
+__all__ = ["WORDS", "generate", "kind_of", "packed_sizes"]
 
 WORDS = ("first", "last", "steps", "batch", "reverse", "sizes", "offsets", "barrier", "units")
 """What the words of the arguments are; after them two for each buffer, its address and the bytes from row to row, and
@@ -47,13 +52,18 @@ def packed_sizes(lowered: Lowered, isa: Isa) -> list[int]:
     return [_chunk_bytes(item, isa) * (item.n // item.chunk) for item in products]
 
 
+def kind_of(item: Product) -> ir.Type:
+    """The numeric mode of a product: that of its left side, which its weight is packed for."""
+    return {torch.float32: F32, torch.float64: F64, torch.bfloat16: BF16}[item.left.buffer.dtype]
+
+
 def generate(lowered: Lowered, isa: Isa) -> ir.Module:
     """Write the module of a loop."""
     return _Generator(lowered, isa).run()
 
 
 def _chunk_bytes(item: Product, isa: Isa) -> int:
-    return packed_bytes(item.k, item.chunk, isa, KINDS[item.out.buffer.dtype])
+    return packed_bytes(item.k, item.chunk, isa, kind_of(item))
 
 
 class _Generator:
@@ -72,11 +82,12 @@ class _Generator:
     def _pack(self, b: ir.IRBuilder, words: ir.Value, thread: ir.Value, threads: ir.Value) -> None:
         """A thread's share of laying out the weights of the products."""
         for i, item in enumerate(self.products):
-            made = pack(self.module, self.isa, KINDS[item.out.buffer.dtype], item.k, item.chunk)
+            kind = kind_of(item)
+            made = pack(self.module, self.isa, kind, item.k, item.chunk)
             first_word = self.packed_at + 4 * i
             packed, weight = (load(b, at(b, words, 8 * (first_word + j)), PTR) for j in range(2))
             along, across = (load(b, at(b, words, 8 * (first_word + j)), I64) for j in (2, 3))
-            count = len(panels(item.chunk, self.isa, KINDS[item.out.buffer.dtype]))
+            count = len(panels(item.chunk, self.isa, kind))
             first, last = share(b, constant(I64, count), thread, threads)
             for chunk in range(item.n // item.chunk):
                 here = at(b, weight, b.mul(across, constant(I64, chunk * item.chunk)))
@@ -198,7 +209,7 @@ class _Generator:
     def _product(self, b: ir.IRBuilder, f: ir.Function, item: Product) -> None:
         words, index, offset, first, last, part, parts, thread = f.args
         step = index, offset
-        kind = KINDS[item.out.buffer.dtype]
+        kind = kind_of(item)
         size = BYTES[item.out.buffer.dtype]
         made = product(self.module, self.isa, kind, item.k, item.chunk)
         packed = load(b, at(b, words, 8 * (self.packed_at + 4 * self.products.index(item))), PTR)

@@ -29,7 +29,7 @@ from .scratch import LINE, Scratch, lined
 
 __all__ = ["Bound", "Kernel", "PrecisionError", "compile_loop"]
 
-_FLOATS = {torch.float32, torch.float64}
+_FLOATS = {torch.float32, torch.float64, torch.bfloat16}
 
 _WORK_OF_A_CALL = 2_000_000_000  # operations after which Python looks for an interrupt: some 20 milliseconds
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
@@ -39,7 +39,7 @@ _FEW = 4  # rows of a thread below which sharing the units is better
 
 
 class PrecisionError(UnsupportedError):
-    """Machine code computes in float32 and float64."""
+    """Machine code has no numbers of that type."""
 
 
 class Kernel:
@@ -107,6 +107,7 @@ class Bound:
         self.kernel, self.rows, self.reverse, self.inputs, self.outputs = kernel, rows, reverse, inputs, outputs
         self.count, self.units = kernel.sharing(rows)
         self.held: list[Tensor] = []  # alive until the call is over
+        self.wide: list[tuple[Tensor, Tensor]] = []  # states, and what is carried in their place
         self.partial = self._partial()
         self.rings = kernel.rings.filled(rows, reverse, inputs)
         sizes = (rows.batch * size for size in kernel.scratch)
@@ -143,11 +144,13 @@ class Bound:
 
     def __exit__(self, *failure: object) -> None:
         self.scratch.__exit__(*failure)
+        for state, carried in self.wide:
+            state.copy_(carried)
         self.kernel.rings.read(self.rings, self.rows, self.reverse, self.inputs)
-        if self.count > 1:
-            for buffer, sums in self.partial.items():
-                out = self.outputs[buffer.number]
-                torch.sum(sums[:, : buffer.row].view(self.count, *out.shape), 0, out=out)
+        for buffer, sums in self.partial.items():
+            out = self.outputs[buffer.number]
+            if sums is not out:
+                out.copy_(sums[:, : buffer.row].sum(0).view(out.shape))
 
     def run(self, first: int, last: int) -> None:
         """Run the steps from the first to below the last, counted in the order in which they are done."""
@@ -156,10 +159,13 @@ class Bound:
 
     def _partial(self) -> dict[Buffer, Tensor]:
         """Zeros for every thread to sum over its rows, whole cache lines; one thread has those of the result."""
-        sums, count = self.kernel.sums, self.count
-        if count == 1:
-            return {b: self.outputs[b.number].zero_() for b in sums}
-        return {b: torch.zeros(count, _row_bytes(b) // b.dtype.itemsize, dtype=b.dtype) for b in sums}
+        found = {}
+        for buffer in self.kernel.sums:
+            out = self.outputs[buffer.number]
+            room = self.count, _row_bytes(buffer) // buffer.dtype.itemsize
+            alone = self.count == 1 and out.dtype == buffer.dtype
+            found[buffer] = out.zero_() if alone else torch.zeros(room, dtype=buffer.dtype)
+        return found
 
     def _layout(self) -> list[int]:
         """Where the number of rows of every step stands, and how many come before them."""
@@ -170,6 +176,8 @@ class Bound:
     def _given(self, buffer: Buffer, tensor: Tensor) -> tuple[int, int]:
         """Address and row stride of a tensor, after a look at whether it is what the code was made for."""
         rows = self.rows
+        if buffer.role == "state" and tensor.dtype == torch.bfloat16:  # carried in float32
+            self.wide.append((tensor, tensor := tensor.to(buffer.dtype)))
         count = rows.total if buffer.kind == "time" else 1 if buffer.kind == "shared" else rows.batch
         right = tensor.dtype is buffer.dtype and tensor.numel() == count * buffer.row and tensor.is_cpu
         if not right or tensor.layout is not torch.strided:
@@ -188,16 +196,24 @@ class Bound:
             self.held.append(tensor)
         return tensor.data_ptr(), buffer.row * tensor.itemsize
 
+    def _as_multiplied(self, weight: Tensor, product: Product) -> Tensor:
+        """A weight in the type that a product multiplies."""
+        if weight.dtype is not product.left.buffer.dtype:
+            weight = weight.to(product.left.buffer.dtype)
+            self.held.append(weight)
+        return weight
+
     def _weight(self, product: Product) -> tuple[int, int, int]:
         """Address of the weight (K, N) of a product, its bytes from k to k and from column to column."""
         if isinstance(product.weight, Buffer):
             weight = self.inputs[product.weight.number]
-            if weight.shape != (product.k, product.n) or weight.dtype is not product.out.buffer.dtype:
+            if weight.shape != (product.k, product.n):
                 raise RuntimeError(f"a weight ({product.k}, {product.n}) was expected, got {tuple(weight.shape)}")
+            weight = self._as_multiplied(weight, product)
             along, across = weight.stride()
             return weight.data_ptr(), along * weight.itemsize, across * weight.itemsize
         buffer, offset, along, across = product.weight
-        whole = self.inputs[buffer.number].contiguous()
+        whole = self._as_multiplied(self.inputs[buffer.number].contiguous(), product)
         self.held.append(whole)
         return whole.data_ptr() + offset * whole.itemsize, along * whole.itemsize, across * whole.itemsize
 
@@ -218,7 +234,7 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
     narrow = {v.dtype for n in read if isinstance(v := n.meta["val"], Tensor) and v.is_floating_point()} - _FLOATS
     if narrow:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
-        raise PrecisionError(f"machine code computes in float32 and float64; the step has {names}.")
+        raise PrecisionError(f"machine code takes float32, float64 and bfloat16; the step has {names}.")
     nexts = [step.next[i] for i in loop.carried]
     outputs = list(dict.fromkeys([*nexts, *stored]))
     body = body_of(step, loop.nodes, outputs)
@@ -231,7 +247,7 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
             raise UnsupportedError("a state that nothing reads")
     carried = {step.state[i] for i in loop.carried}
     varying = {n for n in body.outside if is_varying(n) and n not in carried}
-    lowered = lower(body, states, list(stored), varying)
+    lowered = lower(body, states, list(stored), varying, bool(isa.dot))
     handed = {*step.ys, *step.next}  # to the user, who may change it in place: it has memory of its own
     placed = place(lowered, {body.outside.index(n): n for n in spent}, [None if n in handed else n for n in stored])
     return Kernel(lowered, body.outside, placed, isa)

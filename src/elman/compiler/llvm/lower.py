@@ -33,14 +33,17 @@ _OF_FLOATS = {"mm", "addmm", "bmm", "baddbmm", "argmax"}
 _FILLS = {"full", "scalar_tensor", "zeros", "ones", "full_like", "zeros_like", "ones_like"}
 
 
-def lower(body: Body, states: dict[fx.Node, int], stored: Sequence[fx.Node], varying: set[fx.Node]) -> Lowered:
+def lower(
+    body: Body, states: dict[fx.Node, int], stored: Sequence[fx.Node], varying: set[fx.Node], pairs: bool = False
+) -> Lowered:
     """The items of a loop's step.
 
     ``states`` are inputs of the body that it replaces: by the result of that index. The results of the nodes in
     ``stored`` (nodes of the step) are written for every row and step. ``varying`` are inputs that differ from step to
-    step. Raises UnsupportedError for what has no place in a kernel, with the user's line.
+    step. ``pairs`` says whether products of bfloat16 are made of pairs. Raises UnsupportedError for what has no place
+    in a kernel, with the user's line.
     """
-    return _Lowering(body, states, stored, varying).run()
+    return _Lowering(body, states, stored, varying, pairs).run()
 
 
 class _Lowering(Products, Ends):

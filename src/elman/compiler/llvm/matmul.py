@@ -42,6 +42,7 @@ from .scratch import LINE, Scratch, lined
 __all__ = ["Precision", "added", "multiply", "product_of"]
 
 Precision = Literal["highest", "high", "medium"]
+_PRECISIONS = get_args(Precision)
 
 _KINDS = {torch.float32: F32, torch.float64: F64, torch.bfloat16: BF16}
 _DEPTHS = 4  # blocks of a panel in a block of K
@@ -86,14 +87,15 @@ def multiply(
     Raises InputError for tensors that do not fit together, OptionError for another precision, UnsupportedError on a
     processor without machine code.
     """
-    if precision not in get_args(Precision):
-        raise OptionError.unknown("precision", precision, get_args(Precision))
+    if precision not in _PRECISIONS:
+        raise OptionError.unknown("precision", precision, _PRECISIONS)
     out = _result(left, right, init, out, out_dtype)
     if not out.numel():
         return out
     if left.shape[1] == 0:
         return out.zero_() if init is None else out.copy_(init)
-    form = _form(left.dtype, out.dtype, precision, left.shape[1], _isa())
+    isa = _isa()
+    form = _form(left.dtype, out.dtype, precision, left.shape[1], isa)
     if form.sums != out.dtype and not form.rounds:
         sums = multiply(left, right, init, precision=precision, out_dtype=form.sums)
         return out.copy_(sums)
@@ -107,7 +109,7 @@ def multiply(
         init = init.to(form.sums).expand(out.shape)
         if init.stride(1) != 1 and init.shape[1] != 1:
             init = init.contiguous() if form.rounds else out.copy_(init)
-    _run(_code(form, _isa()), left, right, init, out)
+    _run(_code(form, isa), left, right, init, out)
     return out
 
 
@@ -131,10 +133,10 @@ def _worth_it(left: Tensor, right: Tensor) -> bool:
 def _result(left: Tensor, right: Tensor, init: Tensor | None, out: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """``out``, or a new tensor for the result, after a look at whether all fit together."""
     given = [tensor for tensor in (left, right, init, out) if tensor is not None]
-    sums = torch.float32 if left.dtype == torch.bfloat16 else left.dtype
-    results = [tensor.dtype for tensor in (init, out) if tensor is not None] + [dtype or left.dtype]
-    fits = right.dtype == left.dtype and all(found in (left.dtype, sums) for found in results)
-    if left.dtype not in _KINDS or not fits or any(t.device.type != "cpu" for t in given):
+    operand = left.dtype
+    allowed = (operand, torch.float32 if operand == torch.bfloat16 else operand)
+    fits = operand in _KINDS and right.dtype == operand and (dtype or operand) in allowed
+    if not fits or any(t.dtype not in allowed or t.device.type != "cpu" for t in given):
         kinds = ", ".join([*(f"{t.dtype} on {t.device}" for t in given), *([f"out_dtype={dtype}"] if dtype else [])])
         raise InputError(
             "multiply takes tensors on the CPU that are all float32, all float64 or all bfloat16, in which case init "
@@ -148,7 +150,7 @@ def _result(left: Tensor, right: Tensor, init: Tensor | None, out: Tensor | None
         if init.dim() > 2 or any(n not in (1, size) for n, size in pairs):
             raise InputError(f"init must expand to {shape}, got {tuple(init.shape)}.")
     if out is None:
-        return _fresh(shape, dtype or left.dtype)
+        return _fresh(shape, dtype or operand)
     if out.shape != shape or (dtype or out.dtype) != out.dtype:
         raise InputError(f"out must be {shape}, of out_dtype where that is given, got {tuple(out.shape)}, {out.dtype}.")
     return out
@@ -204,12 +206,17 @@ def _form(operand: torch.dtype, result: torch.dtype, precision: str, k: int, isa
 
 
 class _Code(NamedTuple):
-    """The compiled function and what it was compiled for. ``library`` holds the memory that it runs in."""
+    """The compiled function and what it was compiled for. ``library`` holds the memory that it runs in.
+
+    ``depth`` are the most k of a panel's block.
+    """
 
     library: engine.Library
     address: int
     isa: Isa
     form: _Form
+    mode: Numeric
+    depth: int
 
 
 _compiling = threading.Lock()
@@ -230,29 +237,31 @@ def _compiled(form: _Form, isa: Isa) -> _Code:
         description=f"{engine.generator()} {isa} multiply {form}",
         functions=["multiply"],
     )
-    return _Code(library, library.address("multiply"), isa, form)
+    mode = form.numeric(isa)
+    return _Code(library, library.address("multiply"), isa, form, mode, depth_of(isa, mode.kind))
 
 
 def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Tensor) -> None:
     """The blocks of columns and of k, one call for each."""
-    isa, form = code.isa, code.form
-    mode, item, wide = form.numeric(isa), out.element_size(), form.sums.itemsize
+    isa, form, mode = code.isa, code.form, code.mode
+    item, wide = out.element_size(), form.sums.itemsize
     (rows, k), columns = left.shape, right.shape[1]
     lanes, (height, vectors_of_tile) = mode.lanes(isa), mode.tile
-    depth = _even_part(k, _DEPTHS * depth_of(isa, mode.kind), 8 * mode.group)
+    depth = _even_part(k, _DEPTHS * code.depth, 8 * mode.group)
     width = _even_part(columns, max(_RIGHT_BYTES // (depth * form.mode.itemsize), 1), vectors_of_tile * lanes)
     count = 1 if 2 * rows * columns * k < _WORK_TO_SHARE else threads.count()
     vectors = -(-width // lanes)
     by_panels = count > 1 and -(-rows // height) < min(4 * count, -(-vectors // vectors_of_tile))
     tile_stride, narrowed_stride = _of_left(left, form, mode, depth)
-    left_bytes = lined(-(-min(rows, _ROWS) // height) * tile_stride) + min(rows, _ROWS) * narrowed_stride
+    together = min(rows, _ROWS)
+    left_bytes = -(-together // height) * tile_stride + together * narrowed_stride
     right_bytes = lined(mode.elements(depth) * vectors * isa.bytes)
     zero_bytes = lined(width * wide) if init is None else 0
-    sums_bytes = min(rows, _ROWS) * _PANELS * vectors_of_tile * isa.bytes if form.rounds else 0
-    sizes = BARRIER_BYTES, zero_bytes, right_bytes, left_bytes * count, sums_bytes * count
-    with Scratch(*sizes) as [meeting, zeros, packed, kept_left, sums]:
-        for place, size in ((meeting, BARRIER_BYTES), (zeros, zero_bytes)):
-            ctypes.memset(place, 0, size)
+    sums_bytes = together * _PANELS * vectors_of_tile * isa.bytes if form.rounds else 0
+    sizes = BARRIER_BYTES + zero_bytes, right_bytes, left_bytes * count, sums_bytes * count
+    with Scratch(*sizes) as [meeting, packed, kept_left, sums]:
+        ctypes.memset(meeting, 0, sizes[0])
+        zeros = meeting + BARRIER_BYTES
         strides = [stride * t.element_size() for t in (left, right) for stride in t.stride()]
         out_stride = out.stride(0) * item
         for column in range(0, columns, width):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from llvmlite import ir
 
@@ -154,6 +155,7 @@ class Numeric:
         return intrinsic(b, f"llvm.fmuladd.{suffix(x.type)}", x.type, [x, y, z])
 
 
+@lru_cache(maxsize=64)
 def numeric(isa: Isa, kind: ir.Type, source: ir.Type | None = None) -> Numeric:
     """The mode of a kind on a processor, its operands in memory of type ``source``: F32 or BF16 for BF16, else kind."""
     if kind is not BF16:

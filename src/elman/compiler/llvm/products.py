@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..step import arguments
 from .items import Access, Contract, Product
-from .values import Value, Values
+from .values import Value, Values, computed_in
 
 __all__ = ["Products"]
 
@@ -53,8 +53,8 @@ class Products(Values):
         if int(a.stride(2)) != 1 and k != 1:
             left = self.copied(left, a)
             a = self.values[left].meta
-        value = self.resolve(left)[0]
-        source = self.in_memory(value, left.name)
+        left, a = self._computed(left, a)
+        source = self.in_memory(self.resolve(left)[0], left.name)
         buffer = self.new_buffer(node.name, "batch", node.meta["val"])
         meta = self.canonical(node.meta["val"])
         for group in range(groups):
@@ -95,8 +95,32 @@ class Products(Values):
             self.pointwise(sum_, "add")
             self.values[node] = self.values[sum_]
 
+    def _computed(self, node: fx.Node, view: Tensor) -> tuple[fx.Node, Tensor]:
+        """A value in the type in which it is computed, in memory too."""
+        value = self.resolve(node)[0]
+        if computed_in(view.dtype) == view.dtype or (value.buffer or value.map) is None:
+            return node, view
+        if value.buffer is not None and value.buffer.dtype != computed_in(view.dtype):
+            node = self.copied(node, view)
+            view = self.values[node].meta
+        return node, view
+
     def _matrix(self, node: fx.Node, view: Tensor) -> tuple[Access, int, int]:
-        """The left side of a product: rows of neighbouring numbers, so many for each sequence."""
+        """The left side of a product, in the type that the product multiplies."""
+        k = int(view.shape[1 - self.rows(view)[0]])  # type: ignore[index]
+        if view.dtype != torch.bfloat16 or not self.pairs or k % 2:
+            return self._rows_of_left(*self._computed(node, view))
+        access, times, k = self._rows_of_left(node, view)
+        if access.buffer.dtype == torch.bfloat16:
+            return access, times, k
+        copy = self.values[self.copied(node, view)]
+        shape = self.shape_of(copy.meta)
+        halves = self.new_buffer(f"{node.name}_halves", "batch", copy.meta, torch.bfloat16)
+        self.store(copy, Access(halves, 0, self.own_strides(shape)))
+        return Access(halves, 0, (k, 1) if times > 1 else (1,)), times, k
+
+    def _rows_of_left(self, node: fx.Node, view: Tensor) -> tuple[Access, int, int]:
+        """Rows of neighbouring numbers, so many for each sequence."""
         rows = self.rows(view)
         assert rows is not None
         for attempt in (0, 1):
@@ -121,5 +145,7 @@ class Products(Values):
         if int(wide.stride(1)) != 1 and wide.shape[1] != 1:
             return None, node
         buffer = self.in_memory(value, node.name)
+        if buffer.dtype != computed_in(buffer.dtype):
+            return None, node
         strides = (int(wide.stride(0)), 1) if times > 1 else (1,)
         return Access(buffer, int(wide.storage_offset()), strides), None

@@ -58,7 +58,7 @@ class Rings:
 
     def filled(self, rows: Rows, reverse: bool, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Every ring (d, B, …), with the states where the first steps of their sequences look."""
-        made = [torch.stack([inputs[b.number] for b in chain]) for chain in self.chains]
+        made = [torch.stack([inputs[b.number] for b in chain]).to(chain[0].dtype) for chain in self.chains]
         if rows.uniform or not reverse:
             return made
         return [_turned(ring, _lengths(rows) - rows.steps) for ring in made]

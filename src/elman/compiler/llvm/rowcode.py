@@ -10,8 +10,6 @@ from llvmlite import ir
 
 from . import pointwise
 from .code import (
-    BOOL,
-    BYTE,
     F32,
     F64,
     I32,
@@ -32,12 +30,10 @@ from .code import (
 )
 from .isa import Isa
 from .items import Access, Buffer, Chosen, Contract, Item, Map, Op, Product, reads_of
+from .memory import BYTES, HELD, KINDS, from_memory, to_memory
 from .product import panels
 
-__all__ = ["BYTES", "KINDS", "RowCode", "divides", "least", "share"]
-
-KINDS = {torch.float32: F32, torch.float64: F64, torch.int64: I64, torch.int32: I32, torch.bool: BOOL}
-BYTES = {torch.float32: 4, torch.float64: 8, torch.int64: 8, torch.int32: 4, torch.bool: 1}
+__all__ = ["RowCode", "divides", "least", "share"]
 
 Place = Callable[[ir.IRBuilder, Access], tuple[ir.Value, ir.Value]]
 """Gives where the numbers of an access begin in the first row, and the bytes from row to row."""
@@ -85,7 +81,7 @@ class RowCode:
         if sums is not None:
             for place, (_, kind, access) in zip(sums, item.reductions, strict=True):
                 total = _across(b, b.load(place, typ=self._vector(access.buffer.dtype)), kind)
-                store(b, total, self._place(access, rows[access.buffer], index[:outer]))
+                self._store(total, self._place(access, rows[access.buffer], index[:outer]), access.buffer.dtype)
 
     def _sum(self, kind: str, access: Access) -> ir.Value:
         """Room for a vector of partial sums, with what changes nothing in it."""
@@ -173,8 +169,7 @@ class RowCode:
     def _read(self, access: Access, row: ir.Value, index: Sequence[ir.Value], rest: int | None) -> ir.Value:
         b, place = self.b, self._place(access, row, index)
         stride = access.strides[-1] if access.strides else 0
-        kind = KINDS[access.buffer.dtype]
-        held = BYTE if kind is BOOL else kind
+        held = HELD[access.buffer.dtype]
         wide = vector(held, self.lanes)
         if stride == 0:
             one = load(b, place, held)
@@ -190,7 +185,7 @@ class RowCode:
             for lane in range(self.lanes if rest is None else rest):
                 one = load(b, at(b, place, lane * stride * BYTES[access.buffer.dtype]), held)
                 value = b.insert_element(value, one, constant(I32, lane))
-        return b.icmp_unsigned("!=", value, constant(wide, 0)) if kind is BOOL else value
+        return from_memory(b, value, access.buffer.dtype)
 
     def _chosen(
         self, given: Chosen, rows: dict[Buffer, ir.Value], index: Sequence[ir.Value], rest: int | None
@@ -209,8 +204,7 @@ class RowCode:
         self, value: ir.Value, access: Access, row: ir.Value, index: Sequence[ir.Value], rest: int | None
     ) -> None:
         b, place = self.b, self._place(access, row, index)
-        if scalar_of(value.type) is BOOL or scalar_of(value.type) == BOOL:
-            value = b.zext(value, vector(BYTE, self.lanes))
+        value = to_memory(b, value, access.buffer.dtype, self.isa)
         stride = access.strides[-1] if access.strides else 1
         if not access.strides:
             store(b, b.extract_element(value, constant(I32, 0)), place)
@@ -222,6 +216,18 @@ class RowCode:
             for lane in range(self.lanes if rest is None else rest):
                 one = b.extract_element(value, constant(I32, lane))
                 store(b, one, at(b, place, lane * stride * BYTES[access.buffer.dtype]))
+
+    def _store(self, value: ir.Value, place: ir.Value, dtype: torch.dtype, rest: int | None = None) -> None:
+        """Write neighbouring numbers, all of them or the first few; or one."""
+        held = to_memory(self.b, value, dtype, self.isa)
+        if rest is None:
+            store(self.b, held, place)
+        else:
+            masked_store(self.b, held, place, lanes_below(rest, self.lanes))
+
+    def _one(self, place: ir.Value, dtype: torch.dtype) -> ir.Value:
+        """Read one number."""
+        return from_memory(self.b, load(self.b, place, HELD[dtype]), dtype)
 
     # -- contractions -------------------------------------------------------------------------------------------
 
@@ -301,25 +307,23 @@ class RowCode:
         total = b.load(place, typ=wide)
         where = self._place(item.out, rows[item.out.buffer], index)
         if form == "kept":
-            if rest is None:
-                store(b, total, where)
-            else:
-                masked_store(b, total, where, lanes_below(rest, self.lanes))
+            self._store(total, where, dtype, rest)
         else:
-            store(b, _across(b, total, item.kind) if self.lanes > 1 else total, where)
+            self._store(_across(b, total, item.kind) if self.lanes > 1 else total, where, dtype)
 
     def _argmax(self, item: Contract, rows: dict[Buffer, ir.Value], index: list[ir.Value]) -> None:
         """Which number is the largest, the first of equals; NaN is larger than all."""
         b, read = self.b, item.reads[0]
-        kind = KINDS[read.buffer.dtype]
+        dtype = read.buffer.dtype
+        kind = KINDS[dtype]
         with b.goto_entry_block():
             best, where = b.alloca(kind), b.alloca(I64)
         row = rows[read.buffer]
-        b.store(load(b, self._place(read, row, [*index, *(constant(I64, 0) for _ in item.inner)]), kind), best)
+        b.store(self._one(self._place(read, row, [*index, *(constant(I64, 0) for _ in item.inner)]), dtype), best)
         b.store(constant(I64, 0), where)
         if item.inner:
             with counted(b, 1, item.inner[0], 1, "k") as k:
-                value, most = load(b, self._place(read, row, [*index, k]), kind), b.load(best, typ=kind)
+                value, most = self._one(self._place(read, row, [*index, k]), dtype), b.load(best, typ=kind)
                 larger = b.fcmp_unordered(">", value, most)
                 with b.if_then(b.and_(larger, b.fcmp_ordered("ord", most, most))):
                     b.store(value, best)
@@ -331,17 +335,18 @@ class RowCode:
     ) -> ir.Value:
         b = self.b
         place = self._place(access, row, index)
-        kind = KINDS[access.buffer.dtype]
+        dtype = access.buffer.dtype
         along = 0 if form == "single" else access.strides[kept - 1 if form == "kept" else -1]
         if self.lanes == 1:
-            return load(b, place, kind)
+            return self._one(place, dtype)
         if along == 0:
-            value = splat(b, load(b, place, kind), self.lanes)
+            value = splat(b, self._one(place, dtype), self.lanes)
             if part is None or form == "kept":
                 return value
             return b.select(lanes_below(part, self.lanes), value, constant(value.type, 0))
-        wide = vector(kind, self.lanes)
-        return load(b, place, wide) if part is None else masked_load(b, place, wide, lanes_below(part, self.lanes))
+        wide = vector(HELD[dtype], self.lanes)
+        held = load(b, place, wide) if part is None else masked_load(b, place, wide, lanes_below(part, self.lanes))
+        return from_memory(b, held, dtype)
 
 
 _NEUTRAL = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}

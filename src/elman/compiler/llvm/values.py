@@ -20,10 +20,15 @@ from ..step import batch_multiple, location
 from .body import Body
 from .items import Access, Buffer, Item, Kind, Map, Op
 
-__all__ = ["DTYPES", "Value", "Values"]
+__all__ = ["DTYPES", "Value", "Values", "computed_in"]
 
-DTYPES = {torch.float32, torch.float64, torch.int64, torch.int32, torch.bool}
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.bool}
 _IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "dtype"}
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The type in which numbers of a type are computed."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 @dataclass(eq=False)
@@ -41,8 +46,10 @@ class Value:
 class Values:
     """The values of a body as far as it is lowered, and the items that compute them."""
 
-    def __init__(self, body: Body, states: dict[fx.Node, int], stored: Sequence[fx.Node], varying: set[fx.Node]):
-        self.body, self.unit = body, body.unit
+    def __init__(
+        self, body: Body, states: dict[fx.Node, int], stored: Sequence[fx.Node], varying: set[fx.Node], pairs: bool
+    ) -> None:
+        self.body, self.unit, self.pairs = body, body.unit, pairs
         self.items: list[Item] = []
         self.buffers: list[Buffer] = []
         self.values: dict[fx.Node, Value] = {}
@@ -75,15 +82,17 @@ class Values:
         if not isinstance(value, Tensor) or value.dtype not in DTYPES:
             raise UnsupportedError(f"{getattr(value, 'dtype', type(value))} has no place in a compiled loop.")
         state = node in self.states
-        buffer = self.new_buffer(node.name, kind or ("batch" if state or self.rows(value) else "shared"), value)
+        kind = kind or ("batch" if state or self.rows(value) else "shared")
+        buffer = self.new_buffer(node.name, kind, value, None if state else value.dtype)
         buffer.role, buffer.number = ("state" if state else "input"), number
         self.values[node] = Value(self.canonical(value), 0, buffer)
 
-    def new_buffer(self, name: str, kind: Kind, value: Tensor) -> Buffer:
+    def new_buffer(self, name: str, kind: Kind, value: Tensor, dtype: torch.dtype | None = None) -> Buffer:
+        """Memory for a value, of that type; what is computed in float32 stays in it unless another type is named."""
         row = math.prod(int(n) for n in value.shape) // (self.unit if self.rows(value) else 1)
         taken = {buffer.name for buffer in self.buffers}  # names tell buffers apart, in listings and on disk
         unique = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2))) if n not in taken)
-        buffer = Buffer(unique, kind, value.dtype, row)
+        buffer = Buffer(unique, kind, dtype or computed_in(value.dtype), row)
         self.buffers.append(buffer)
         return buffer
 

@@ -1,0 +1,155 @@
+"""Machine code with bfloat16: under autocast, and of modules that are bfloat16 throughout.
+
+What is exact is float32 here. PyTorch's own bfloat16 rounds after every operation; kernels round what they multiply and
+what they leave in memory for others, so they must be about as near to float32 as PyTorch is, or nearer.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import elman
+from elman.cells import ElmanCell, GRUCell, LSTMCell, SRUCell
+from elman.combinators import Delay, Leaky, Residual, Stack
+from elman.compiler.llvm.kernel import Kernel
+from elman.errors import UnfoldWarning
+
+T, B = 9, 5
+
+CELLS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "elman": (24, lambda: ElmanCell(24, 32)),
+    "lstm": (24, lambda: LSTMCell(24, 32)),
+    "lstm, odd": (23, lambda: LSTMCell(23, 31)),
+    "lstm, layer norm": (24, lambda: LSTMCell(24, 32, layer_norm=True)),
+    "gru": (24, lambda: GRUCell(24, 32)),
+    "sru": (24, lambda: SRUCell(24, 32)),
+    "leaky": (24, lambda: Leaky(ElmanCell(24, 17), 0.7)),
+    "stack": (24, lambda: Stack([LSTMCell(24, 32), Residual(GRUCell(32, 32))])),
+    "delay": (24, lambda: Delay(GRUCell(24, 20), 3)),
+}
+table = pytest.mark.parametrize("name", list(CELLS))
+
+
+class Ran:
+    """Which kernels ran."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.kernels: list[Kernel] = []
+        plain = Kernel.__call__
+
+        def watched(kernel: Kernel, *args: object) -> None:
+            self.kernels.append(kernel)
+            plain(kernel, *args)  # type: ignore[arg-type]
+
+        patch.setattr(Kernel, "__call__", watched)
+
+
+def everything(cell: nn.Module, x: Tensor, backend: str, autocast: bool, **options: object) -> list[Tensor]:
+    """Outputs, final states and all gradients, as float32."""
+    x = x.detach().clone().requires_grad_()
+    cell.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ys, state = elman.scan(cell, x, backend=backend, **options)
+    leaves = [ys, *torch.utils._pytree.tree_leaves(state)]
+    sum(((leaf.float() - 0.1) ** 2).sum() for leaf in leaves).backward()
+    found = [*leaves, x.grad, *[p.grad for p in cell.parameters()]]
+    return [t.detach().float() for t in found if t is not None]
+
+
+def distance(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+def check(found: list[Tensor], torchs: list[Tensor], exact: list[Tensor]) -> None:
+    for ours, theirs in zip(distance(found, exact), distance(torchs, exact), strict=True):
+        assert ours < 1.5 * theirs + 1e-3
+        assert theirs < 0.2  # or nothing was compared
+
+
+@table
+@pytest.mark.parametrize("lengths", [None, [9, 0, 4, 9, 1]], ids=["full", "lengths"])
+def test_under_autocast(name: str, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    size, make = CELLS[name]
+    cell, x = make(), torch.randn(T, B, size)
+    exact = everything(cell, x, "reference", False, lengths=lengths)
+    theirs = everything(cell, x, "reference", True, lengths=lengths)
+    ran = Ran(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnfoldWarning)
+        found = everything(cell, x, "llvm", True, lengths=lengths)
+    assert len(ran.kernels) >= 2
+    check(found, theirs, exact)
+
+
+@table
+def test_of_a_module_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    size, make = CELLS[name]
+    narrow, x = make().bfloat16(), torch.randn(T, B, size).bfloat16()
+    exact = everything(copy.deepcopy(narrow).float(), x.float(), "reference", False)
+    theirs = everything(narrow, x, "reference", False)
+    ran = Ran(monkeypatch)
+    found = everything(narrow, x, "llvm", False)
+    assert len(ran.kernels) >= 2
+    check(found, theirs, exact)
+    ys, state = elman.scan(narrow, x, backend="llvm")
+    assert {t.dtype for t in (ys, *torch.utils._pytree.tree_leaves(state))} == {torch.bfloat16}
+
+
+def test_products_multiply_bfloat16_where_the_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an even number of features the operands stand in memory as bfloat16, on such a processor; sums are float32."""
+    ran = Ran(monkeypatch)
+    everything(LSTMCell(24, 32), torch.randn(T, B, 24), "llvm", True)
+    for kernel in ran.kernels:
+        (product,) = kernel.products
+        assert product.left.buffer.dtype == (torch.bfloat16 if kernel.isa.dot else torch.float32)
+        assert product.out.buffer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "x86-64"])
+def test_processors_without_the_instruction(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elman.compiler.cache import forget
+    from elman.compiler.llvm.isa import runnable
+
+    if isa not in {one.name for one in runnable()}:
+        pytest.skip(f"this machine has no {isa}")
+    torch.manual_seed(5)
+    cell, x = LSTMCell(24, 32), torch.randn(T, B, 24)
+    exact, theirs = (everything(cell, x, "reference", autocast) for autocast in (False, True))
+    monkeypatch.setenv("ELMAN_ISA", isa)
+    forget()
+    try:
+        ran = Ran(monkeypatch)
+        check(everything(cell, x, "llvm", True), theirs, exact)
+        assert {kernel.isa.name for kernel in ran.kernels} == {isa}
+    finally:
+        forget()
+
+
+def test_many_steps_do_not_drift() -> None:
+    """A leaky average over 2,000 steps: carried in float32, it does not stall where bfloat16 would."""
+    cell = Leaky(ElmanCell(1, 8), 0.999).bfloat16()
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.zero_()
+        cell.cell.bias_ih.fill_(1.0) if hasattr(cell.cell, "bias_ih") else None
+    x = torch.zeros(2000, 1, 1, dtype=torch.bfloat16)
+    with torch.no_grad():
+        _, fast = elman.scan(cell, x, backend="llvm")
+        _, exact = elman.scan(copy.deepcopy(cell).float(), x.float(), backend="reference")
+    torch.testing.assert_close(fast.float(), exact, rtol=1e-2, atol=0)
+
+
+def test_float16_runs_through_pytorch_without_a_warning() -> None:
+    cell, x = ElmanCell(3, 4).half(), torch.randn(4, 2, 3).half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnfoldWarning)
+        ys, _ = elman.scan(cell, x, backend="llvm")
+    assert ys.dtype == torch.float16
