@@ -122,6 +122,7 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
         next=[*(found[n] for n in step.next), *grads[: len(states)]],
         kept={name: found[n] for name, n in step.kept.items()},
         sums={},
+        precision=step.precision,
     )
     both.ys += grads[len(states) : len(states) + len(x_grads)]
     both.sums = {w: g for w, g in zip(w_grads, grads[len(states) + len(x_grads) :], strict=True) if g is not None}
@@ -271,5 +272,6 @@ def _slice(
         state=[env[n] for n in state],
         weights=[env[n] for n in joint.weights],
         draws=[env[n] for n in draws],
+        precision=joint.precision,
     )
     return part, env

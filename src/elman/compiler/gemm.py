@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -37,20 +37,26 @@ def prefers_onednn() -> bool:
     return "GenuineIntel" not in maker
 
 
-def function_of(node: fx.Node, compiled: bool = False) -> Callable[..., Tensor] | None:
+def function_of(node: fx.Node, compiled: bool = False, precision: str = "highest") -> Callable[..., Tensor] | None:
     """What runs the product of a node, None where that is torch.mm or torch.addmm, and for any other node.
 
-    It takes (bias, left, right), or (left, right) where nothing is added. ``compiled``: in a program of machine code.
+    It takes (bias, left, right), or (left, right) where nothing is added. ``compiled``: in a program of machine code,
+    whose products of float32 have that precision.
     """
     bias = node.target is torch.ops.aten.addmm.default
     if compiled and _is_product(node, torch.float32, torch.float64):
         from .llvm import isa, matmul  # llvmlite is loaded with the first program of machine code
 
         if isa.chosen() is not None:
-            return matmul.added if bias else matmul.product_of
+            return _precise(matmul.added if bias else matmul.product_of, precision)
     if not applies(node):
         return None
     return added if bias else product
+
+
+@lru_cache(maxsize=8)
+def _precise(function: Callable[..., Tensor], precision: str) -> Callable[..., Tensor]:
+    return partial(function, precision=precision)
 
 
 def applies(node: fx.Node) -> bool:

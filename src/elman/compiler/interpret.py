@@ -206,7 +206,7 @@ class Writer:
 
     def product(self, node: fx.Node, env: dict[fx.Node, str], packed: str | None = None) -> str | None:
         """The call of a product that is not left to torch.mm, None for any other node."""
-        function = gemm.function_of(node, self.kernels is not None and packed is None)
+        function = gemm.function_of(node, self.kernels is not None and packed is None, self.step.precision)
         if function is None:
             return None
         *bias, left, right = (env[n] for n in arguments(node))

@@ -5,7 +5,7 @@
     the attributes and functions of the modules' classes
     what those functions, and functions in attributes, read besides: global names, closures, default arguments
     shape, dtype and device of every leaf of x, state, constants, parameters and buffers; their tree structure
-    autocast (on, dtype), the default dtype, the default device, global module hooks
+    autocast (on, dtype), the default dtype, the default device, the precision of products, global module hooks
 
 Sizes of T and B are no part of it. What belongs to Python or to an installed package is taken as fixed; objects without
 ``__dict__`` or slots count by identity. What a step asks of autograd (``requires_grad``, ``is_grad_enabled``) has one
@@ -350,6 +350,7 @@ def ambient(device: torch.device) -> Hashable:
         autocast,
         torch.get_autocast_dtype(device.type) if autocast else None,
         torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
         torch.get_default_device() if torch._C._len_torch_function_stack() else None,
         tuple([_Identity(hook) for kind in hooks for hook in kind.values()]) if any(hooks) else (),
     )

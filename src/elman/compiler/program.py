@@ -83,7 +83,7 @@ def _copy_invariant(step: Step, crossing: list[fx.Node]) -> Step:
         else:
             continue
         env[node].meta = dict(node.meta)
-    return Step(graph, step.root, step.unit, [], [], weights, ys=[env[n] for n in crossing])
+    return Step(graph, step.root, step.unit, [], [], weights, ys=[env[n] for n in crossing], precision=step.precision)
 
 
 def _copy_varying(step: Step, crossing: list[fx.Node]) -> Step:
@@ -107,6 +107,7 @@ def _copy_varying(step: Step, crossing: list[fx.Node]) -> Step:
         ys=[None if n is None else env[n] for n in step.ys],
         next=[env[n] for n in step.next],
         kept={name: env[n] for name, n in step.kept.items()},
+        precision=step.precision,
     )
 
 

@@ -32,7 +32,8 @@ class Step:
     Placeholders: ``xs`` differ at every time and row, ``state`` is what the last step left, ``weights`` hold for
     all steps (parameters without, constants with a batch dimension), ``draws`` are random numbers, new at every
     step. Outputs: ``ys``, the ``next`` state, values ``kept`` by name, and ``sums`` over time, by weight index.
-    ``unit`` is the prime that stands for the batch size.
+    ``unit`` is the prime that stands for the batch size. ``precision`` is PyTorch's for products of float32, as it was
+    when the step was traced.
     """
 
     graph: fx.Graph
@@ -46,6 +47,7 @@ class Step:
     next: list[fx.Node] = field(default_factory=list)
     kept: dict[str, fx.Node] = field(default_factory=dict)
     sums: dict[int, fx.Node] = field(default_factory=dict)
+    precision: str = "highest"
 
     def outputs(self) -> list[fx.Node]:
         """Every node that leaves the step."""

@@ -174,6 +174,7 @@ def _trace_at(unit: int, function: Callable[..., Any], xs: Any, state: Any, weig
         weights=placeholders[b:],
         ys=[*outputs[:y]],
         next=outputs[y : y + s],
+        precision=torch.get_float32_matmul_precision(),
     )
 
 

@@ -247,7 +247,8 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
             raise UnsupportedError("a state that nothing reads")
     carried = {step.state[i] for i in loop.carried}
     varying = {n for n in body.outside if is_varying(n) and n not in carried}
-    lowered = lower(body, states, list(stored), varying, bool(isa.dot))
+    pairs = {torch.bfloat16, *([torch.float32] if step.precision == "medium" else [])} if isa.dot else set()
+    lowered = lower(body, states, list(stored), varying, pairs)
     handed = {*step.ys, *step.next}  # to the user, who may change it in place: it has memory of its own
     placed = place(lowered, {body.outside.index(n): n for n in spent}, [None if n in handed else n for n in stored])
     return Kernel(lowered, body.outside, placed, isa)

@@ -7,7 +7,7 @@ another map or a product reads has a place in memory. Views and concatenations a
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -34,13 +34,17 @@ _FILLS = {"full", "scalar_tensor", "zeros", "ones", "full_like", "zeros_like", "
 
 
 def lower(
-    body: Body, states: dict[fx.Node, int], stored: Sequence[fx.Node], varying: set[fx.Node], pairs: bool = False
+    body: Body,
+    states: dict[fx.Node, int],
+    stored: Sequence[fx.Node],
+    varying: set[fx.Node],
+    pairs: Set[torch.dtype] = frozenset(),
 ) -> Lowered:
     """The items of a loop's step.
 
     ``states`` are inputs of the body that it replaces: by the result of that index. The results of the nodes in
     ``stored`` (nodes of the step) are written for every row and step. ``varying`` are inputs that differ from step to
-    step. ``pairs`` says whether products of bfloat16 are made of pairs. Raises UnsupportedError for what has no place
+    step. ``pairs`` are the types whose products are of pairs of bfloat16. Raises UnsupportedError for what has no place
     in a kernel, with the user's line.
     """
     return _Lowering(body, states, stored, varying, pairs).run()

@@ -108,7 +108,7 @@ class Products(Values):
     def _matrix(self, node: fx.Node, view: Tensor) -> tuple[Access, int, int]:
         """The left side of a product, in the type that the product multiplies."""
         k = int(view.shape[1 - self.rows(view)[0]])  # type: ignore[index]
-        if view.dtype != torch.bfloat16 or not self.pairs or k % 2:
+        if view.dtype not in self.pairs or k % 2:
             return self._rows_of_left(*self._computed(node, view))
         access, times, k = self._rows_of_left(node, view)
         if access.buffer.dtype == torch.bfloat16:

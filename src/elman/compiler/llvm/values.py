@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,12 @@ class Values:
     """The values of a body as far as it is lowered, and the items that compute them."""
 
     def __init__(
-        self, body: Body, states: dict[fx.Node, int], stored: Sequence[fx.Node], varying: set[fx.Node], pairs: bool
+        self,
+        body: Body,
+        states: dict[fx.Node, int],
+        stored: Sequence[fx.Node],
+        varying: set[fx.Node],
+        pairs: Set[torch.dtype],
     ) -> None:
         self.body, self.unit, self.pairs = body, body.unit, pairs
         self.items: list[Item] = []
