@@ -100,7 +100,7 @@ def scan(
         lengths: (B,) integers, 0 to T. Past a sequence's end its state stays as it is, y is zero, no gradient flows,
             nothing is computed, and whatever stands in the padding is never read.
         reverse: start every sequence at its own last step; ``ys`` stay aligned with ``xs``.
-        remat: None stores what the backward needs, k recomputes it from every k-th state, "auto" takes k = √T.
+        remat: None stores what the backward needs, k recomputes it from every k-th state, "auto" takes about √T.
         record: also return a ``Recording`` of every value marked with ``elman.record`` and of all states.
         backend: "auto", "reference" (plain loop and autograd: the definition), "interpret" (compiled program, run
             through PyTorch's operations), "llvm" (its loops as machine code; on a CPU).
@@ -434,7 +434,7 @@ def _by_program(
     handles = _perturbations(rows, state) if protocol.record else []
     xs = [*xs, *(h for h in handles if h.is_floating_point())]
     counts = (len(xs), len(state), len(weights), len(draws))
-    call = Call(program, rows, reverse, chunk_length(remat, rows.steps), counts, device, kernels)
+    call = Call(program, rows, reverse, chunk_length(remat, rows.steps, rows.batch), counts, device, kernels)
     ys, final = run(call, [*xs, *state, *weights, *draws])
     n = len(program.y.leaves)
     result = (program.y.rebuild(ys[:n]), protocol.state.rebuild(final))

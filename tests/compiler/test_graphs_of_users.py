@@ -201,7 +201,7 @@ def test_chunks_after_the_longest_sequence_are_not_run(backend: str) -> None:
 def test_remat_saves_memory(backend: str) -> None:
     """What the graph holds between forward and backward."""
     cell = zoo("lstm")
-    xs = doubles(400, 2, 3)
+    xs = doubles(6000, 2, 3)
     held = {}
     for remat in (None, "auto", 40):
         kept: dict[int, int] = {}

@@ -17,6 +17,8 @@ from .interpret import Runner
 from .reference import apart
 from .step import batch_multiple
 
+_PIECE = 2048  # rows: enough for a product to run at full speed
+
 __all__ = ["Call", "chunk_length", "needs_of", "run"]
 
 
@@ -147,9 +149,6 @@ class Unfold(torch.autograd.Function):
         )
 
 
-_PIECE = 2048  # rows: enough for a product to run at full speed
-
-
 def _run_backward(
     call: Call,
     rule: Differentiated,
@@ -167,7 +166,7 @@ def _run_backward(
     # In pieces even where nothing is computed again: what a piece leaves for its products with the weights is still in
     # the cache, and goes before the next one takes as much memory.
     recorded = graphed.steps_of_piece(rule.runners(call.ragged, call.kernels)[1], call.device, call.rows.batch)
-    pieces = call.pieces(call.chunk or recorded or max(_PIECE // max(call.rows.batch, 1), 16))
+    pieces = call.pieces(call.chunk or recorded or _piece(call.rows.batch))
     begun = [list(state), *(list(starts[i * n_state : (i + 1) * n_state]) for i in range(len(pieces) - 1))]
     whole = dict(zip((name for kind, name in derivative.reads if kind == "kept"), extra, strict=not call.chunk))
     g_xs: list[list[Any]] = []
@@ -240,11 +239,16 @@ def plain(call: Call, tensors: list[Tensor]) -> tuple[Any, ...]:
     return (*ys, *final)
 
 
-def chunk_length(remat: int | str | None, steps: int) -> int | None:
-    """Steps from which to recompute: None stores everything, "auto" takes √T."""
+def _piece(batch: int) -> int:
+    """Steps that are worth a call of their own."""
+    return max(_PIECE // max(batch, 1), 16)
+
+
+def chunk_length(remat: int | str | None, steps: int, batch: int) -> int | None:
+    """Steps from which to recompute: None stores everything, "auto" takes √T, or a few more that are one piece."""
     if remat is None:
         return None
-    size = max(1, math.isqrt(max(steps - 1, 0)) + 1) if remat == "auto" else int(remat)
+    size = max(math.isqrt(max(steps - 1, 0)) + 1, _piece(batch)) if remat == "auto" else int(remat)
     return size if size < steps else None
 
 

@@ -57,7 +57,7 @@ def in_graph(
         [part.training for part in protocol.cell.modules()],
         protocol.drawn,
     )
-    chunk = chunk_length(remat, rows.steps) or 0
+    chunk = chunk_length(remat, rows.steps, rows.batch) or 0
     counts = [len(xs.leaves), len(state.leaves), len(parameters)]
     tensors = [*xs.leaves, *state.leaves, *parameters.values(), *constants]
     outs = torch.ops.elman.unfold(tensors, lengths, counts, number, rows.steps, rows.batch, reverse, chunk)
