@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [options of elman bench]
 
-Without options everything is measured, which takes about twelve minutes; a part of it is printed, and kept only where
+Without options everything is measured, which takes about fifteen minutes; a part of it is printed, and kept only where
 --out says so. ``python benchmarks/pages.py`` then writes the tables of README.md and the picture anew.
 """
 

@@ -18,7 +18,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from elman.bench.cells import CELLS
-from elman.bench.suite import MAIN, SHAPES, written
+from elman.bench.suite import MAIN, NARROW, SHAPES, written
 from elman.bench.targets import ratios
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,11 @@ def threads(result: Any) -> int:
 def main_rows(result: Any) -> dict[str, Any]:
     """Milliseconds at MAIN, by cell: ways, modes, minimum and median."""
     most = threads(result)
-    at_main = [row for row in result["rows"] if row["shape"] == list(MAIN) and row["threads"] == most]
+    at_main = [
+        row
+        for row in result["rows"]
+        if row["shape"] == list(MAIN) and row["threads"] == most and "precision" not in row
+    ]
     return {row["cell"]: row["milliseconds"] for row in at_main}
 
 
@@ -83,6 +87,17 @@ def shapes(result: Any) -> Table:
         yield shape, *(f"{column[shape]:.2f}×" if shape in column else "–" for column in columns)
 
 
+def narrow(result: Any) -> Table:
+    """The same for both under autocast to bfloat16."""
+    yield "T·B·H", *NARROW
+    columns = [
+        ratios(result, cell, "torch.nn" if CELLS[cell].layers else "eager", threads(result), precision="bfloat16")
+        for cell in NARROW
+    ]
+    for shape in map(written, SHAPES):
+        yield shape, *(f"{column[shape]:.2f}×" if shape in column else "–" for column in columns)
+
+
 def aims(result: Any) -> Table:
     """What was aimed at and what was reached."""
     yield "", "against", "aim", "reached", "where"
@@ -91,7 +106,7 @@ def aims(result: Any) -> Table:
         yield row["what"], row["against"], f"{sign} {row['target']:g}", f"{row['reached']:.2f}", row["where"]
 
 
-TABLES: dict[str, Callable[[Any], Table]] = {"rivals": rivals, "shapes": shapes, "aims": aims}
+TABLES: dict[str, Callable[[Any], Table]] = {"rivals": rivals, "shapes": shapes, "narrow": narrow, "aims": aims}
 
 
 def markdown(table: Table) -> str:

@@ -35,24 +35,25 @@ APART = ("test_readme.py", "test_runs.py", "cli/test_resume.py")
 LONG = (
     *APART,
     "compiler/test_llvm_guard.py",
-    "test_layers.py",
     "test_compositions.py",
+    "test_layers.py",
+    "cli/test_specs.py",
     "compiler/test_zoo.py",
     "test_contract.py",
     "compiler/test_llvm_processes.py",
-    "compiler/test_llvm_numbers.py",
-    "compiler/test_llvm_threads.py",
-    "compiler/test_ecosystem.py",
-    "compiler/test_llvm_random.py",
-    "cli/test_specs.py",
-    "test_network_contract.py",
     "compiler/test_llvm_isas.py",
-    "compiler/test_graphed.py",
-    "combinators/test_dropout.py",
-    "combinators/test_feedback.py",
+    "test_streaming.py",
+    "cli/test_bad_input.py",
     "test_bench.py",
+    "compiler/test_llvm_numbers.py",
+    "compiler/test_llvm_matmul.py",
+    "test_network_contract.py",
+    "cli/test_commands.py",
+    "compiler/test_llvm_random.py",
+    "drawing/test_picture.py",
+    "compiler/test_ecosystem.py",
 )
-"""Files of more than ten seconds, the longest first."""
+"""Files of more than fifteen seconds, the longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

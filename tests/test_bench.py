@@ -152,7 +152,9 @@ def test_quick_runs_and_is_kept_where_asked(tmp_path: Path) -> None:
     assert kept["whole"] is False
     assert kept["command"] == "elman bench --quick"
     assert {"processor", "torch", "commit"} <= set(kept["machine"])
-    assert [row["cell"] for row in kept["rows"]] == list(Plan.quickly().cells)
+    named = [(row["cell"], row.get("precision")) for row in kept["rows"]]
+    plan = Plan.quickly()
+    assert named == [*((cell, None) for cell in plan.cells), *((cell, "bfloat16") for cell in plan.narrow)]
     for row in kept["rows"]:
         for modes in row["milliseconds"].values():
             assert all(0 < modes[m]["min"] <= modes[m]["median"] for m in ("forward", "training"))

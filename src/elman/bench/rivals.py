@@ -38,15 +38,24 @@ class Rival:
 
 def train(module: nn.Module, run: Callable[[Tensor], Tensor], xs: Tensor, weight: Tensor) -> None:
     """Forward and backward with all gradients, of xs too; they are dropped again."""
-    run(xs).backward(weight)
+    ys = run(xs)
+    ys.backward(weight.to(ys.dtype))
     xs.grad = None
     module.zero_grad(set_to_none=True)
 
 
 def rivals(
-    name: str, inputs: int, hidden: int, ways: tuple[str, ...], dtype: torch.dtype = torch.float32
+    name: str,
+    inputs: int,
+    hidden: int,
+    ways: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
 ) -> dict[str, Rival]:
-    """The ways that there are for a cell, all with the same weights, drawn by a fixed seed."""
+    """The ways that there are for a cell, all with the same weights, drawn by a fixed seed.
+
+    With ``autocast`` they run under PyTorch's autocast to bfloat16.
+    """
     contestant = CELLS[name]
     torch.manual_seed(0)
     cell: Any = contestant.make(inputs, hidden).to(dtype)
@@ -73,26 +82,39 @@ def rivals(
         found["compiled step"] = Rival(cell, by_hand(contestant, cell, step))
     if "compiled loop" in ways:
         found["compiled loop"] = Rival(cell, torch.compile(loop, dynamic=False, fullgraph=True))
+    if autocast:
+        return {way: Rival(rival.module, _narrowed(rival.run)) for way, rival in found.items()}
     return found
+
+
+def _narrowed(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def narrowed(xs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(xs)
+
+    return narrowed
 
 
 def gradients(rival: Rival, xs: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """Outputs and every gradient, those of parameters by the name that they have in a cell."""
     ys = rival.run(xs)
     named = {name.removesuffix("_l0"): p for name, p in rival.module.named_parameters()}
-    found = torch.autograd.grad(ys, [xs, *named.values()], weight)
+    found = torch.autograd.grad(ys, [xs, *named.values()], weight.to(ys.dtype))
     return {"ys": ys.detach(), "xs": found[0], **dict(zip(named, found[1:], strict=True))}
 
 
-def agree(found: dict[str, Rival], xs: Tensor, weight: Tensor, tolerance: float) -> float:
+def agree(found: dict[str, Rival], xs: Tensor, weight: Tensor, tolerance: float, by: Rival | None = None) -> float:
     """The largest deviation of any rival from the loop by hand, relative to the largest value of the same tensor.
+
+    ``by`` is that loop, where it is none of the rivals.
 
     Raises WrongNumbers where it is above the tolerance.
     """
-    expected = gradients(found["eager"], xs, weight)
+    by = by or found["eager"]
+    expected = gradients(by, xs, weight)
     worst = 0.0
     for way, rival in found.items():
-        got = gradients(rival, xs, weight) if way != "eager" else expected
+        got = gradients(rival, xs, weight) if rival is not by else expected
         for what, value in got.items():
             scale = max(float(expected[what].abs().max()), torch.finfo(value.dtype).tiny)
             deviation = float((value - expected[what]).abs().max()) / scale

@@ -52,16 +52,24 @@ CLOSE = 2e-3
 """Largest deviation from the loop by hand in float32, relative to the largest value: sums over all rows and steps."""
 
 
+NARROW = ("LSTM", "GRU", "Elman", "peephole LSTM", "layer-norm LSTM")
+"""Cells that are measured in bfloat16 too, under autocast, on all threads."""
+
+NARROW_CLOSE = 0.3
+"""Largest deviation from the loop by hand in float32, where rivals compute in bfloat16."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is measured. ``whole`` leaves nothing out: only such a result is kept for good."""
 
     cells: tuple[str, ...] = tuple(CELLS)
+    narrow: tuple[str, ...] = NARROW
     shapes: tuple[Shape, ...] = SHAPES
     counts: tuple[int, ...] = (1, 2)
     seconds: float = 0.8
     """That the turns of one row take, where three turns do not take longer."""
-    minutes: float = 12.0
+    minutes: float = 15.0
     """That all of it may take: rows that come late take fewer turns, and the last unrolled loops are left out."""
     extras: bool = True
     quick: bool = False
@@ -69,7 +77,7 @@ class Plan:
     @classmethod
     def quickly(cls, counts: tuple[int, ...] = (1,)) -> Plan:
         """Small enough to see within seconds that everything runs."""
-        return cls(("LSTM", "peephole LSTM", "random"), ((12, 4, 16, 16),), counts, 0.05, quick=True)
+        return cls(("LSTM", "peephole LSTM", "random"), ("LSTM",), ((12, 4, 16, 16),), counts, 0.05, quick=True)
 
     @property
     def whole(self) -> bool:
@@ -94,10 +102,12 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
             say(f"\nT·B·H {written(shape)}, {count} thread{'s' if count > 1 else ''}: milliseconds, minimum (median)")
             everyone = shape == MAIN and count == most
             with threads(count), _jax(count, result) if everyone else nullcontext() as jax:
-                for name in plan.cells:
-                    left = len(plan.shapes) * len(plan.counts) * len(plan.cells) - len(rows)
-                    share = (end - RESERVED - time.perf_counter()) / left
-                    rows.append(_row(name, shape, count, (plan.seconds, share), everyone, jax))
+                narrow = plan.narrow if count == most else ()
+                for name, autocast in [*((n, False) for n in plan.cells), *((n, True) for n in narrow)]:
+                    each = len(plan.counts) * len(plan.cells) + len(plan.narrow)
+                    share = (end - RESERVED - time.perf_counter()) / (len(plan.shapes) * each - len(rows))
+                    everything = everyone and not autocast
+                    rows.append(_row(name, shape, count, autocast, (plan.seconds, share), everything, jax))
                     say(_line(rows[-1]))
     if plan.extras and not plan.quick:
         with threads(most):
@@ -109,24 +119,35 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def _row(
-    name: str, shape: Shape, count: int, time_of_row: tuple[float, float], everyone: bool, jax: Jax | None
+    name: str,
+    shape: Shape,
+    count: int,
+    autocast: bool,
+    time_of_row: tuple[float, float],
+    everyone: bool,
+    jax: Jax | None,
 ) -> dict[str, Any]:
     """Times of all rivals. ``time_of_row``: the seconds that its turns should take, and those that there are for it."""
     steps, batch, inputs, hidden = shape
     ways = ("elman", "torch.nn", "eager") + (("interpret", "compiled step") if everyone else ())
-    found = rivals(name, inputs, hidden, ways)
+    found = rivals(name, inputs, hidden, ways, autocast=autocast)
     generator = torch.Generator().manual_seed(2)
     xs = torch.randn(steps, batch, inputs, generator=generator, requires_grad=True)
     weight = torch.randn(steps, batch, hidden, generator=generator)
     row: dict[str, Any] = {"cell": name, "shape": list(shape), "threads": count}
-    row["float32 deviation"] = significant(agree(found, xs, weight, CLOSE), 2)
-    if name in ("peephole LSTM", "layer-norm LSTM"):
+    if autocast:
+        row["precision"] = "bfloat16"
+        by = rivals(name, inputs, hidden, ("eager",))["eager"]
+        row["deviation from float32"] = significant(agree(found, xs, weight, NARROW_CLOSE, by), 2)
+    else:
+        row["float32 deviation"] = significant(agree(found, xs, weight, CLOSE), 2)
+    if name in ("peephole LSTM", "layer-norm LSTM") and not autocast:
         found["plain LSTM"] = rivals("LSTM", inputs, hidden, ("elman",))["elman"]
     calls = dict(_calls(found, xs, weight))
-    if jax is not None and name in STEPS:
+    if jax is not None and name in STEPS and everyone:
         row["jax compile seconds"] = significant(jax.load(name, found["eager"], xs, weight))
         calls |= {("JAX", mode): partial(jax.milliseconds, mode) for mode in ("forward", "training")}
-    if name == "LSTM" and hidden >= 256:  # the peak that it is held against, under the same conditions
+    if name == "LSTM" and hidden >= 256 and not autocast:  # the peak that it is held against, under the same conditions
         calls |= {(way, "peak"): partial(milliseconds, call) for way, call in gemms().items()}
     for (_, mode), call in calls.items():
         if mode == "forward":  # training has run already, to be compared
@@ -229,4 +250,5 @@ def _line(row: dict[str, Any]) -> str:
     for way, times in row["milliseconds"].items():
         multiples = [f"{times[m]['min'] / own[m]['min']:.2f}" if m in times else "–" for m in modes]
         others += [f"{way} {' / '.join(multiples)}"] if way != "elman" else []
-    return f"{row['cell']:<19}forward {parts[0]:<16} training {parts[1]:<16} ×: {', '.join(others)}"
+    cell = row["cell"] + (", bf16" if "precision" in row else "")
+    return f"{cell:<21}forward {parts[0]:<16} training {parts[1]:<16} ×: {', '.join(others)}"

@@ -37,12 +37,17 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(map(math.log, found)) / len(found))
 
 
-def ratios(result: Any, cell: str, way: str, threads: int, than: str = "elman") -> dict[str, float]:
+def ratios(
+    result: Any, cell: str, way: str, threads: int, than: str = "elman", precision: str = "float32"
+) -> dict[str, float]:
     """By shape, how many times as long as ``than`` a training step takes another way, minimum against minimum."""
     return {
         written(row["shape"]): times[way]["training"]["min"] / times[than]["training"]["min"]
         for row in result["rows"]
-        if row["cell"] == cell and row["threads"] == threads and way in (times := row["milliseconds"])
+        if row["cell"] == cell
+        and row["threads"] == threads
+        and row.get("precision", "float32") == precision
+        and way in (times := row["milliseconds"])
     }
 
 
@@ -51,7 +56,7 @@ def share_of_peak(result: Any) -> dict[tuple[str, int], float]:
     shares = {}
     for row in result["rows"]:
         steps, batch, inputs, hidden = row["shape"]
-        if row["cell"] == "LSTM":
+        if row["cell"] == "LSTM" and "precision" not in row:
             operations = 6 * steps * batch * 4 * hidden * (inputs + hidden)
             reached = operations / row["milliseconds"]["elman"]["training"]["min"] / 1e6
             peaks = [result["gemm gflops"][str(row["threads"])], row.get("gemm gflops", {})]
@@ -77,6 +82,13 @@ def _rivals(result: Any) -> Iterator[Target]:
         found = ratios(result, cell, "eager", most)
         if found:
             yield Target(cell, "eager loop", 8, geometric_mean(found.values()), where="mean of shapes")
+    aims = {"LSTM": 3, "GRU": 4, "Elman": 4, "peephole LSTM": 12, "layer-norm LSTM": 12}
+    for cell, aim in aims.items():
+        way = "eager" if aim == 12 else "torch.nn"
+        found = ratios(result, cell, way, most, precision="bfloat16")
+        if found:
+            where = "mean of shapes, both under autocast"
+            yield Target(f"{cell}, bfloat16", way, aim, geometric_mean(found.values()), where=where)
     for row in result.get("unrolled", ()):
         times = row["milliseconds"]
         ratio = times["compiled loop"]["min"] / times["elman"]["min"]

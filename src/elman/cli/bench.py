@@ -28,12 +28,13 @@ def bench(
 ) -> None:
     """Measure speed and memory beside PyTorch, torch.compile and JAX, correctness first.
 
-    All of it takes about twelve minutes, and JAX is installed for it, into the cache folder. Times mean something only
+    All of it takes about fifteen minutes, and JAX is installed for it, into the cache folder. Times mean something only
     where nothing else is running.
 
     Example: elman bench --cell "peephole LSTM" --shape 128,32,256 --threads 2
     """
     from ..bench.cells import CELLS
+    from ..bench.suite import NARROW
 
     plan: dict[str, Any] = {"counts": sorted(set(threads or (1, 2)))}
     for name in cell or ():
@@ -41,6 +42,7 @@ def bench(
             raise OptionError.unknown("cell", name, tuple(CELLS))
     if cell:
         plan["cells"] = cell
+        plan["narrow"] = [name for name in cell if name in NARROW]
     if shape:
         plan["shapes"] = [_sizes(text) for text in shape]
     if cell or shape:
