@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .cells import CELLS
+from .compiler.llvm.isa import chosen
 from .spec import make_cell
 from .unfold import BACKENDS, scan
 
@@ -41,6 +42,7 @@ def describe_machine() -> dict[str, Any]:
         "packages": [f"{name} {_version(name)}" for name in PACKAGES],
         "processor": _processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
+        "machine code": machine.name if (machine := chosen()) else "none for this processor",
         "threads": f"{torch.get_num_threads()} of torch",
         "devices": devices,
         "backends": [name for name in BACKENDS if name != "auto"],
