@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .compiler.reference import apart
 from .errors import InputError, OptionError, UnfoldError
 from .packing import Rows
-from .protocol import MISTAKES, kind
+from .protocol import MISTAKES, Tree, kind
 from .types import Pytree, State
 from .unfold import prepare, scan
 
@@ -28,7 +29,8 @@ class Stream:
 
     On a CPU the whole step is one kernel, bound to memory of its own with its weights packed: nothing is traced, and
     but for the copy of y nothing is allocated from the second step on. What has no kernel runs as it is written.
-    Weights are read at the first step and at ``reset``. One stream serves one thread at a time.
+    It reads weights and constants at the first step, and at the first after ``reset``. One stream serves one thread at a
+    time. A copy (``copy.deepcopy``, ``pickle``) goes on from the state, in memory of its own.
 
     Args:
         cell: what ``scan`` takes. In training mode its dropout draws anew at every step.
@@ -62,13 +64,14 @@ class Stream:
     @torch.no_grad()
     def __call__(self, x: Pytree) -> Pytree:
         """One step: x (B, …) → y (B, …)."""
-        leaves = [x] if isinstance(x, Tensor) else pytree.tree_leaves(x)
-        if self._runs is None:
+        leaves, spec = ([x], None) if isinstance(x, Tensor) else pytree.tree_flatten(x)
+        runs = self._runs
+        if runs is None:
             return self._begin(x, leaves)
-        if len(leaves) != len(self._runs.shapes) or any(map(_differs, leaves, self._runs.shapes)):
-            now, before = (", ".join(map(_kind, of)) for of in (leaves, self._runs.like))
+        if spec != runs.protocol.xs.spec or any(map(_differs, leaves, runs.shapes)):
+            now, before = (tree.described(tree.leaves) for tree in (Tree(x), runs.protocol.xs))
             raise InputError(f"this stream began with x of {before} and was given {now}; begin another for it.")
-        return self._runs.step(leaves, self.copy)
+        return runs.step(leaves, self.copy)
 
     @property
     def state(self) -> State:
@@ -80,6 +83,9 @@ class Stream:
         """What runs the steps, "llvm" or "reference"; None before the first one."""
         return None if self._runs is None else self._runs.name
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_first": self.state, "_runs": None}
+
     def reset(self, state: State = None) -> None:
         """Start again, from that state or the cell's own, with the weights as they are at the next step."""
         self._first, self._runs = state, None
@@ -89,8 +95,11 @@ class Stream:
         for leaf in leaves or [None]:
             if not isinstance(leaf, Tensor) or not leaf.dim():
                 raise InputError(f"x must be tensors (B, …); got {_kind(leaf)}.")
+            if len(leaf) != len(leaves[0]):
+                raise InputError(f"the leaves of x must have one B; got {_kind(leaves[0])} and {_kind(leaf)}.")
         try:
-            runs = self._begun(x, leaves[0])
+            with torch.inference_mode(False), torch.no_grad():  # its memory is written to in either mode
+                runs = self._begun(x, leaves[0])
             y = runs.step(leaves, self.copy)
         except MISTAKES:  # a scan of one step says what is wrong in the user's terms
             steps = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), x)
@@ -120,13 +129,18 @@ class _Written:
 
     def __init__(self, protocol: Any, constants: list[Tensor]) -> None:
         self.protocol, self.constants = protocol, constants
-        self.like, self.shapes = protocol.xs.leaves, list(map(_form, protocol.xs.leaves))
-        self.state = list(protocol.state.leaves)
+        self.shapes = list(map(_form, protocol.xs.leaves))
+        self._state = [s.clone() for s in protocol.state.leaves]
         self._step = protocol.step(protocol.tensors if protocol.masks or protocol.drawn else None)
 
     def step(self, leaves: list[Tensor], copy: bool) -> Pytree:
-        ys, self.state, _ = self._step(leaves, self.state, self.constants)
-        return self.protocol.y.rebuild(ys)
+        ys, state, _ = self._step(leaves, self._state, self.constants)
+        self._state = apart(state, leaves)  # x, and a y that is a copy, may be overwritten
+        return self.protocol.y.rebuild(apart(ys, [*leaves, *self._state]) if copy else ys)
+
+    @property
+    def state(self) -> list[Tensor]:
+        return [s.clone() for s in self._state]
 
 
 class _Kernel:
@@ -139,7 +153,7 @@ class _Kernel:
         from .compiler.llvm.resident import Resident
 
         self.protocol = protocol
-        self.like, self.shapes = protocol.xs.leaves, list(map(_form, protocol.xs.leaves))
+        self.shapes = list(map(_form, protocol.xs.leaves))
         xs, state, own = protocol.xs.leaves, protocol.state.leaves, protocol.tensors
         program = program_of(protocol, Signature.of(xs, state, constants, own))
         weights = program.weights(rows.batch, [*own.values(), *constants], xs[0].device.type)

@@ -144,13 +144,17 @@ class Bound:
 
     def __exit__(self, *failure: object) -> None:
         self.scratch.__exit__(*failure)
-        for state, carried in self.wide:
-            state.copy_(carried)
-        self.kernel.rings.read(self.rings, self.rows, self.reverse, self.inputs)
+        self.read_states(self.rows)
         for buffer, sums in self.partial.items():
             out = self.outputs[buffer.number]
             if sums is not out:
                 out.copy_(sums[:, : buffer.row].sum(0).view(out.shape))
+
+    def read_states(self, rows: Rows) -> None:
+        """Overwrite the states with those after the last steps of such rows."""
+        for state, carried in self.wide:
+            state.copy_(carried)
+        self.kernel.rings.read(self.rings, rows, self.reverse, self.inputs)
 
     def run(self, first: int, last: int) -> None:
         """Run the steps from the first to below the last, counted in the order in which they are done."""

@@ -13,6 +13,7 @@ from ..independence import rows_of_node
 from ..program import Loop
 from ..step import Step, batch_multiple
 from .generate import WORDS
+from .items import buffers_of
 from .kernel import Bound, Kernel, compile_loop
 
 __all__ = ["Resident", "whole"]
@@ -44,6 +45,10 @@ class Resident:
         batch = len(self.xs[0])
         given = dict(zip([*step.xs, *step.state, *step.weights], [*self.xs, *self._state, *weights], strict=True))
         inputs = [_rows_first(given[node], node, step.unit, batch) for node in kernel.outside]
+        # What is not packed is read at every step: a copy, for the user may replace the weights, or their memory.
+        read = {b.number for item in kernel.lowered.items for b in buffers_of(item) if b.role == "input"}
+        fixed = [i in read and node in step.weights for i, node in enumerate(kernel.outside)]
+        inputs = [value.clone() if alone else value for value, alone in zip(inputs, fixed, strict=True)]
         made = {y: _room(y, batch) for y in step.ys if y is not None}
         self.ys = [made[y] for y in step.ys if y is not None]
         self.batch, self.done = batch, 0
@@ -68,8 +73,7 @@ class Resident:
     @property
     def state(self) -> list[Tensor]:
         """The leaves (B, …) as they are now, in memory of their own."""
-        bound = self.bound
-        bound.kernel.rings.read(bound.rings, Rows(self.done, self.batch), False, bound.inputs)
+        self.bound.read_states(Rows(self.done, self.batch))
         return [s.clone() for s in self._state]
 
 
