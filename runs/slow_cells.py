@@ -63,24 +63,20 @@ class Where(Cell):
         return (h := torch.where(h.abs().amax(-1, keepdim=True) > 2, h / 2, h)), h
 
 
-class Cumsum(Cell):
-    """A master gate that rises from 0 to 1 along the features: a running sum of probabilities."""
+class Sticks(Cell):
+    """A stick that is broken off feature by feature: what is left of it is a running product."""
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        rising = torch.cumsum(torch.softmax(self.W(h), -1), -1)
-        return (h := torch.tanh(self.U(x) + rising * h)), h
+        left = torch.cumprod(torch.sigmoid(self.W(h)), -1)
+        return (h := torch.tanh(self.U(x) + left * h)), h
 
 
-class Triangle(Cell):
-    """The same, the sum as a product with ones above the diagonal."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.register_buffer("upper", torch.ones(width, width).triu())
+class LogSticks(Cell):
+    """The same, as the exponential of a running sum."""
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        rising = torch.softmax(self.W(h), -1) @ self.upper
-        return (h := torch.tanh(self.U(x) + rising * h)), h
+        left = torch.exp(torch.cumsum(nn.functional.logsigmoid(self.W(h)), -1))
+        return (h := torch.tanh(self.U(x) + left * h)), h
 
 
 class OutputInside(Cell):
@@ -184,7 +180,9 @@ def pairs() -> dict[tuple[str, str], Callable[[], Pair]]:
     lstm, usual = elman.LSTMCell(256, 256), xs(128, 32, 256)
     return {
         ("a branch on values", "`torch.where`"): lambda: same(Branch(128), Where(128), xs(128, 8, 128)),
-        ("`cumsum`", "a product with a triangle"): lambda: same(Cumsum(128), Triangle(128), xs(128, 8, 128)),
+        ("`cumprod`", "the exponential of a sum of logarithms"): lambda: same(
+            Sticks(128), LogSticks(128), xs(128, 8, 128)
+        ),
         ("an output in the state", "after the loop"): outputs,
         ("an attribute new at every call", "the same one"): calls,
         ("128 scans of one step", "one scan"): streamed,

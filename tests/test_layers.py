@@ -98,7 +98,7 @@ def sample(count: int, seed: int) -> list[Configuration]:
     return list(found)
 
 
-CONFIGURATIONS = sample(480, seed=10)
+CONFIGURATIONS = sample(400, seed=10)
 
 
 def build(configuration: Configuration) -> tuple[nn.Module, nn.Module]:

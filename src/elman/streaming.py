@@ -29,8 +29,8 @@ class Stream:
 
     On a CPU the whole step is one kernel, bound to memory of its own with its weights packed: nothing is traced, and
     but for the copy of y nothing is allocated from the second step on. What has no kernel runs as it is written.
-    It reads weights and constants at the first step, and at the first after ``reset``. One stream serves one thread at a
-    time. A copy (``copy.deepcopy``, ``pickle``) goes on from the state, in memory of its own.
+    It reads weights and constants at the first step, and at the first after ``reset``. One stream serves one thread at
+    a time. A copy (``copy.deepcopy``, ``pickle``) goes on from the state, in memory of its own.
 
     Args:
         cell: what ``scan`` takes. In training mode its dropout draws anew at every step.

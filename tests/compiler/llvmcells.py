@@ -35,7 +35,6 @@ PARTLY = {
     "Convolution": "convolution",
     "Gathers": "gather",
     "Reductions": "scatter",
-    "Shapes": "flip",
 }
 """Cells of the zoo with a loop that PyTorch's operations run, forward or backward, and one it has no code for."""
 

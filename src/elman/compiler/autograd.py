@@ -184,7 +184,8 @@ def _run_backward(
         back, g_state, _, total = call.play(adjoint, rows, not call.reverse, read, g_state, weights, [])
         g_xs.append(back)
         for w, g in total.items():
-            sums[w] = sums[w] + g if w in sums else g
+            narrow = g.dtype.itemsize == 2 and len(pieces) > 1  # where one more would soon change nothing
+            sums[w] = sums[w] + g if w in sums else g.float() if narrow else g
     if len(g_xs) > 1:
         order = g_xs if call.reverse else g_xs[::-1]
         g_xs = [[None if g[0] is None else torch.cat(g) for g in zip(*order, strict=True)]]
@@ -193,7 +194,7 @@ def _run_backward(
     for i, of_state in zip(carried, g_state, strict=True):
         result[len(xs) + i] = of_state
     for w, of_weight in sums.items():
-        result[len(xs) + len(state) + w] = of_weight
+        result[len(xs) + len(state) + w] = of_weight.to(weights[w].dtype)
     found = iter(apart([g for g in result if g is not None], [g for g in grads if g is not None]))
     return [None if g is None else next(found) for g in result]
 

@@ -222,7 +222,7 @@ class _Generator:
             for chunk in range(item.n // item.chunk):
                 column = chunk * item.chunk * size
                 where = [(out[0], item.out, column), (left[0], item.left, 0)]
-                places = [at(b, p, time * _outer(a) * size + c) for p, a, c in where]
+                places = [at(b, p, time * _outer(a) * BYTES[a.buffer.dtype] + c) for p, a, c in where]
                 begun = at(b, init[0], time * _outer(item.init) * size + column) if item.init else init[0]
                 weight = at(b, packed, chunk * bytes_of)
                 b.call(

@@ -100,6 +100,12 @@ class _Lowering(Products, Ends):
             self._embedding(node)
         elif name in _REDUCTIONS:
             self._reduction(node, _REDUCTIONS[name])
+        elif name == "cumsum":
+            self._running_sum(node)
+        elif name == "flip":
+            self._flip(node)
+        elif name == "constant_pad_nd":
+            self._pad(node)
         elif name in ("cat", "stack"):
             dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
             self._cat(node, list(node.args[0]), dim, stacked=name == "stack")  # type: ignore[arg-type]
@@ -255,6 +261,48 @@ class _Lowering(Products, Ends):
         self.items.append(Contract(shape, inner, [read], kind, Access(buffer, 0, self.own_strides(shape))))
         self.values[node] = Value(meta, len(self.items), buffer)
 
+    def _features(self, view: Tensor, dims: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """One row of a value, and where those dimensions are in it; UnsupportedError for the dimension of rows."""
+        rows = self.rows(view)
+        if rows is None or rows[0] in dims:
+            raise UnsupportedError("an order of rows has no place in a compiled loop.")
+        feature = view.unflatten(rows[0], (self.unit, rows[1])).movedim((rows[0], rows[0] + 1), (0, 1))[0]
+        return feature, [d + (d < rows[0]) for d in dims]
+
+    def _running_sum(self, node: fx.Node) -> None:
+        source, dim = arguments(node)[:2]
+        value, view = self.resolve(source)
+        if not view.is_floating_point() or not view.dim():
+            raise self.refuse(node, "cumsum of whole numbers")
+        meta = self.canonical(node.meta["val"])
+        buffer = self.new_buffer(node.name, "batch", node.meta["val"])
+        access = []
+        for lying, where in ((view, self.in_memory(value, source.name)), (meta, buffer)):
+            feature, (along,) = self._features(lying, [dim % view.dim()])
+            kept = [d for d in range(feature.dim()) if d != along and feature.shape[d] != 1]
+            strides = tuple(int(feature.stride(d)) for d in (*kept, along))
+            access.append(Access(where, int(feature.storage_offset()), strides))
+            shape = tuple(int(feature.shape[d]) for d in kept)
+        self.items.append(Contract(shape, (int(feature.shape[along]),), access[:1], "cumsum", access[1]))
+        self.values[node] = Value(meta, len(self.items), buffer)
+
+    def _flip(self, node: fx.Node) -> None:
+        """A copy that reads its source backwards."""
+        source, dims = arguments(node)[:2]
+        value, view = self.resolve(source)
+        feature, backwards = self._features(view, [d % view.dim() for d in dims])
+        buffer = self.in_memory(value, source.name)
+        offset = int(feature.storage_offset())
+        strides = []
+        for d, (size, stride) in enumerate(zip(feature.shape, feature.stride(), strict=True)):
+            if d in backwards:
+                offset += (int(size) - 1) * int(stride)
+            if size != 1:
+                strides.append(-int(stride) if d in backwards else int(stride))
+        like = self.canonical(node.meta["val"])
+        op = Op("clone", (Access(buffer, offset, tuple(strides)),), (), node.meta["val"].dtype, location(node))
+        self.operation(node, op, like, self.map_over(self.shape_of(like), value.ready))
+
     def _scatter(self, node: fx.Node, name: str) -> None:
         """A value with a part replaced is what stands before the part, the part, and what stands after it, joined."""
         given: list[Any] = [*arguments(node), None, None, 0, None, None, 1]
@@ -267,6 +315,28 @@ class _Lowering(Products, Ends):
             raise self.refuse(node, f"{name} with a step")
         pieces = [self._narrowed(into, dim, 0, start), part, self._narrowed(into, dim, end, size - end)]
         self._cat(node, pieces, dim, stacked=False, middle=name == "select_scatter")
+
+    def _pad(self, node: fx.Node) -> None:
+        """A number before and after; along several dimensions one after the other."""
+        source, pads, number = (*arguments(node), 0)[:3]
+        value = node.meta["val"]
+        for dim, before, after in zip(range(value.dim() - 1, -1, -1), pads[::2], pads[1::2], strict=False):
+            whole = source.meta["val"]
+            if before or after:
+                kept = self._narrowed(source, dim, max(-before, 0), whole.shape[dim] + min(before, 0) + min(after, 0))
+                pieces = [kept]
+                for size, at in ((before, 0), (after, len(pieces))):
+                    if size > 0:
+                        edge = whole.narrow(dim, 0, 1).expand(
+                            [size if d == dim else n for d, n in enumerate(whole.shape)]
+                        )
+                        filled = self.made(f"{node.name}_edge", edge, like=node)
+                        self.values[filled] = Value(self.canonical(edge), number=number)
+                        pieces.insert(at if at == 0 else len(pieces), filled)
+                padded = torch.cat([piece.meta["val"] for piece in pieces], dim)
+                source = self.made(f"{node.name}_padded", padded, *pieces, like=node)
+                self._cat(source, pieces, dim, stacked=False)
+        self.values[node] = self.values[source]
 
     def _narrowed(self, node: fx.Node, dim: int, start: int, size: int) -> fx.Node:
         """Part of a value, as a node that is a view of it."""

@@ -73,6 +73,9 @@ class Products(Values):
         (a_value, a), (b_value, b) = self.resolve(left), self.resolve(right)
         if self.rows(a) is None:  # W hᵀ: the same as h Wᵀ, transposed, and rows come first in memory anyway
             left, right, a, b, a_value, b_value = right, left, b.t(), a.t(), b_value, a_value
+            turned = self.made(f"{left.name}_t", a, left, like=left)
+            self.views[turned] = (a_value, a)
+            left = turned
         if self.rows(b) is not None or b_value.buffer is None or b_value.buffer.kind != "shared":
             raise self.refuse(node, "a product of two values that vary")
         access, times, k = self._matrix(left, a)

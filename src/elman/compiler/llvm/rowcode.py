@@ -241,7 +241,7 @@ class RowCode:
             form = "reduced"
         else:
             form, self.lanes = "single", 1
-        if item.kind == "argmax":
+        if item.kind in ("argmax", "cumsum"):
             form, self.lanes = "single", 1
         self.each_row(item, lambda rows: self._kept(item, rows, [], form))
 
@@ -265,8 +265,8 @@ class RowCode:
         self, item: Contract, rows: dict[Buffer, ir.Value], index: list[ir.Value], form: str, rest: int | None
     ) -> None:
         """One result, or a vector of them."""
-        if item.kind == "argmax":
-            self._argmax(item, rows, index)
+        if item.kind in ("argmax", "cumsum"):
+            (self._argmax if item.kind == "argmax" else self._running_sum)(item, rows, index)
             return
         b, dtype = self.b, item.out.buffer.dtype
         wide = self._vector(dtype)
@@ -329,6 +329,19 @@ class RowCode:
                     b.store(value, best)
                     b.store(k, where)
         store(b, b.load(where, typ=I64), self._place(item.out, rows[item.out.buffer], index))
+
+    def _running_sum(self, item: Contract, rows: dict[Buffer, ir.Value], index: list[ir.Value]) -> None:
+        """Every number with all before it."""
+        b, read, out = self.b, item.reads[0], item.out
+        kind = KINDS[read.buffer.dtype]
+        with b.goto_entry_block():
+            total = b.alloca(kind)
+        b.store(constant(kind, 0), total)
+        with counted(b, 0, item.inner[0], 1, "k") as k:
+            value = self._one(self._place(read, rows[read.buffer], [*index, k]), read.buffer.dtype)
+            value = b.fadd(b.load(total, typ=kind), value)
+            b.store(value, total)
+            self._store(value, self._place(out, rows[out.buffer], [*index, k]), out.buffer.dtype)
 
     def _term(
         self, access: Access, row: ir.Value, index: list[ir.Value], kept: int, form: str, part: int | None
