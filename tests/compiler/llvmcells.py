@@ -35,6 +35,7 @@ PARTLY = {
     "Convolution": "convolution",
     "Gathers": "gather",
     "Reductions": "scatter",
+    "Shapes": "index_select",
 }
 """Cells of the zoo with a loop that PyTorch's operations run, forward or backward, and one it has no code for."""
 

@@ -98,20 +98,10 @@ def _table() -> dict[Any, Callable[..., Any]]:
         aten._log_softmax.default: _log_softmax,
         aten.logsumexp.default: _logsumexp,
         aten.mean.dim: _mean,
-        aten.roll.default: _roll,
         aten.var_mean.correction: _var_mean,
         aten.var.correction: lambda *args, **kwargs: _var_mean(*args, **kwargs)[0],
     }
     return {op: made for op, made in table.items() if op not in keep}
-
-
-def _roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
-    if not dims:
-        return _roll(x.flatten(), shifts, [0]).view(x.shape)
-    for shift, dim in zip(shifts, dims, strict=True):
-        cut = -shift % max(x.shape[dim], 1)
-        x = torch.cat([x.narrow(dim, cut, x.shape[dim] - cut), x.narrow(dim, 0, cut)], dim)
-    return x
 
 
 def _count(x: Tensor, dims: Sequence[int] | None) -> int:
