@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from contracts.row import numbers
 from elman import Stream
 from elman.cells import ElmanCell, GRUCell, LSTMCell
 from elman.combinators import Delay, Stack
-from elman.errors import CellError, InputError, OptionError, StateError, UnsupportedError
+from elman.errors import CellError, InputError, OptionError, StateError, UnfoldWarning, UnsupportedError
 
 STEPS, BATCH = 7, 3
 
@@ -43,7 +44,8 @@ def test_a_stream_is_a_scan(name: str, row: Row) -> None:
     with torch.no_grad():
         ys, state = elman.scan(cell, xs, constants=constants, backend="reference")
     stream = Stream(cell, constants=constants)
-    answers = [stream(at(xs, t)) for t in range(STEPS)]
+    with pytest.warns(UnfoldWarning, match="as it is written") if name in LOOK_UP else nullcontext():
+        answers = [stream(at(xs, t)) for t in range(STEPS)]
     assert stream.backend == ("reference" if name in LOOK_UP else "llvm")
     same(answers, [pytree.tree_map(lambda leaf, t=t: leaf[t], ys) for t in range(STEPS)])
     same(stream.state, state)
@@ -125,7 +127,9 @@ class Gathers(nn.Module):
 def test_what_has_no_kernel_runs_as_it_is_written() -> None:
     cell, xs = Gathers(), torch.randn(5, 2, 4)
     stream = Stream(cell)
-    same(torch.stack([stream(x) for x in xs]), elman.scan(cell, xs, backend="reference")[0])
+    with pytest.warns(UnfoldWarning, match="Gathers runs it as it is written.*sort"):
+        found = torch.stack([stream(x) for x in xs])
+    same(found, elman.scan(cell, xs, backend="reference")[0])
     assert stream.backend == "reference"
     with pytest.raises(UnsupportedError, match="sort"):
         Stream(cell, backend="llvm")(xs[0])
@@ -136,7 +140,8 @@ def test_dropout_of_a_cell_in_training_is_drawn_at_every_step() -> None:
     cell = Stack([cell, LSTMCell(64, 5)], dropout=0.5).train()
     stream = Stream(cell)
     x = torch.randn(1, 3)
-    stream(x)
+    with pytest.warns(UnfoldWarning, match=r"cell.eval\(\) turns dropout off"):
+        stream(x)
     assert stream.backend == "reference"
     assert Stream(cell.eval())(x).isfinite().all()
 
@@ -159,6 +164,8 @@ def test_mistakes() -> None:
         Stream(ElmanCell(3, 4))("text")
     with pytest.raises(InputError, match=r"\(B, …\)"):
         Stream(ElmanCell(3, 4))(torch.tensor(1.0))
+    with pytest.raises(InputError, match="batch"):
+        Stream(ElmanCell(3, 4))(torch.randn(3))
     with pytest.raises(CellError):
         Stream(nn.LSTM(3, 4))(x)
     with pytest.raises(StateError, match=r"B = 2"):

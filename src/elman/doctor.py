@@ -18,7 +18,7 @@ from .unfold import BACKENDS, scan
 
 __all__ = ["check_numbers", "describe_machine"]
 
-PACKAGES = ("elman", "torch", "numpy", "safetensors", "pydantic", "typer", "rich", "matplotlib")
+PACKAGES = ("elman", "torch", "llvmlite", "numpy", "safetensors", "pydantic", "typer", "rich", "matplotlib")
 
 CHECKED = (*{kind: name for name, kind in reversed(CELLS.items())}.values(), "stack(2, residual(lstm))")[::-1]
 """Every cell, under one of its names, and a combination."""

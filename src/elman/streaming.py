@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .compiler.reference import apart
-from .errors import InputError, OptionError, UnfoldError
+from .errors import InputError, OptionError, UnfoldError, UnfoldWarning
 from .packing import Rows
 from .protocol import MISTAKES, Tree, kind
 from .types import Pytree, State
@@ -17,6 +18,7 @@ from .unfold import prepare, scan
 
 __all__ = ["Stream"]
 
+_warned: set[str] = set()
 _BACKENDS = ("auto", "reference", "llvm")
 
 
@@ -28,9 +30,9 @@ class Stream:
             y = stream(x)         # (B, …)
 
     On a CPU the whole step is one kernel, bound to memory of its own with its weights packed: nothing is traced, and
-    but for the copy of y nothing is allocated from the second step on. What has no kernel runs as it is written.
-    It reads weights and constants at the first step, and at the first after ``reset``. One stream serves one thread at
-    a time. A copy (``copy.deepcopy``, ``pickle``) goes on from the state, in memory of its own.
+    but for the copy of y nothing is allocated from the second step on. What has no kernel runs as it is written, which
+    is said once. Weights and constants are read at the first step, and at the first after ``reset``. One stream serves
+    one thread at a time. A copy (``copy.deepcopy``, ``pickle``) goes on from the state, in memory of its own.
 
     Args:
         cell: what ``scan`` takes. In training mode its dropout draws anew at every step.
@@ -86,6 +88,9 @@ class Stream:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_first": self.state, "_runs": None}
 
+    def __repr__(self) -> str:
+        return f"Stream({self.cell}, backend={self.backend or self._asked!r})"
+
     def reset(self, state: State = None) -> None:
         """Start again, from that state or the cell's own, with the weights as they are at the next step."""
         self._first, self._runs = state, None
@@ -98,15 +103,24 @@ class Stream:
             if len(leaf) != len(leaves[0]):
                 raise InputError(f"the leaves of x must have one B; got {_kind(leaves[0])} and {_kind(leaf)}.")
         try:
+            if any(leaf.dim() == 1 and leaf.is_floating_point() for leaf in leaves):  # (D) given for (B, D)?
+                self._scanned(x)
             with torch.inference_mode(False), torch.no_grad():  # its memory is written to in either mode
                 runs = self._begun(x, leaves[0])
             y = runs.step(leaves, self.copy)
-        except MISTAKES:  # a scan of one step says what is wrong in the user's terms
-            steps = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), x)
-            scan(self.cell, steps, self._first, constants=self.constants, backend="reference")
+        except MISTAKES:
+            self._scanned(x)
             raise
         self._runs = runs
+        if runs.why and runs.why not in _warned:
+            _warned.add(runs.why)
+            warnings.warn(runs.why, UnfoldWarning, stacklevel=4)
         return y
+
+    def _scanned(self, x: Pytree) -> None:
+        """A scan of this one step, which says what is wrong in the user's terms."""
+        steps = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), x)
+        scan(self.cell, steps, self._first, constants=self.constants, backend="reference")
 
     def _begun(self, x: Pytree, first: Tensor) -> _Kernel | _Written:
         rows = Rows(1, len(first))
@@ -116,9 +130,10 @@ class Stream:
             return written
         try:
             return _Kernel(protocol, constants, rows)
-        except UnfoldError:
+        except UnfoldError as error:
             if self._asked == "llvm":
                 raise
+            written.why = f"a stream of {type(self.cell).__name__} runs it as it is written: {error}"
             return written
 
 
@@ -126,6 +141,7 @@ class _Written:
     """Steps as the cell writes them."""
 
     name = "reference"
+    why = ""
 
     def __init__(self, protocol: Any, constants: list[Tensor]) -> None:
         self.protocol, self.constants = protocol, constants
@@ -147,6 +163,7 @@ class _Kernel:
     """Steps as one kernel."""
 
     name = "llvm"
+    why = ""
 
     def __init__(self, protocol: Any, constants: list[Tensor], rows: Rows) -> None:
         from .compiler.cache import Signature, program_of

@@ -392,7 +392,7 @@ def _characters(path: Path, digest: Any = None) -> Iterator[str]:
         if nul >= 0:
             raise DataError(
                 f"{path} is a binary file: it holds a NUL byte at offset {offset + len(pending) + nul}. Name "
-                "a text file, or use a model trained with --tokens byte, which reads every file as it is"
+                "a text file, or train with --tokens byte, which reads every file as it is"
             )
         data = pending + block
         piece, used = _decode(path, data, offset, line, column, final=False)
@@ -426,7 +426,7 @@ def _decode(path: Path, data: bytes, offset: int, line: int, column: int, *, fin
 def _way_out(path: Path, code: str) -> str:
     """What to do with a text in another code than UTF-8."""
     convert = f"iconv -f {code} -t UTF-8 {shlex.quote(str(path))} > new.txt"
-    return f"Convert the file ({convert}), or use a model trained with --tokens byte, which reads every file as it is"
+    return f"Convert the file ({convert}), or train with --tokens byte, which reads every file as it is"
 
 
 def _advance(piece: str, line: int, column: int) -> tuple[int, int]:

@@ -45,6 +45,8 @@ def bench(
         plan["narrow"] = [name for name in cell if name in NARROW]
     if shape:
         plan["shapes"] = [_sizes(text) for text in shape]
+    if quick and (cell or shape):
+        raise OptionError("--quick measures cells and a size of its own: leave out --cell and --shape, or --quick.")
     if cell or shape:
         plan["extras"] = False
     part = quick or cell or shape or plan["counts"] != [1, 2]

@@ -79,7 +79,7 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
         for i in wanted:
             primals[i] = primals[i].detach().requires_grad_()
         with torch.enable_grad():
-            values: dict[fx.Node, Tensor] = dict(zip(ends, module(*primals), strict=True))
+            values: dict[fx.Node, Tensor] = dict(zip(ends, fx.Interpreter(module).run(*primals), strict=True))
             pairs = [
                 (values[out], cotangent)
                 for out, cotangent in zip(outputs, cotangents, strict=True)
@@ -99,7 +99,8 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
     mode = next(iter(inputs)).fake_mode
     # Outputs serve as the fake cotangents; a fresh tensor each, because an output may be an input or occur twice.
     cotangents = [_empty_like(node.meta["val"]) for node in outputs]
-    with mode, torch.autocast(step.xs[0].meta["val"].device.type, enabled=False), torch.no_grad():
+    device = step.xs[0].meta["val"].device.type
+    with mode, torch.autocast(device, enabled=False), torch.no_grad(), fx.traceback.preserve_node_meta():
         traced = functional(joint, [*inputs, *cotangents])
     graph = traced.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ElmanError, UnsupportedError
 
-__all__ = ["Leaf", "Step", "arguments", "batch_multiple", "explained", "fake", "location", "user_line"]
+__all__ = ["Leaf", "Step", "arguments", "batch_multiple", "explained", "fake", "location", "ours", "user_line"]
 
 
 class Leaf(NamedTuple):
@@ -83,14 +83,15 @@ def user_line(stack: str) -> str:
     lines = stack.splitlines()
     for i in range(len(lines) - 1, -1, -1):
         line = lines[i].strip()
-        if line.startswith('File "') and not _ours(line.split('"')[1]):
+        if line.startswith('File "') and not ours(line.split('"')[1]):
             name, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
             return f"{name}:{number}" + (f": {code}" if code and not code.startswith('File "') else "")
     return "a line that was not recorded"
 
 
-def _ours(filename: str) -> bool:
+def ours(filename: str) -> bool:
+    """Whether code of that file is the engine's or PyTorch's, or was generated."""
     path = filename.replace("\\", "/")
     engine = ("/elman/compiler/", "/elman/unfold.py", "/elman/protocol.py", "/elman/recording.py")
     typed = path.startswith(("<stdin", "<ipython", "<python-input"))  # a user's session

@@ -138,6 +138,10 @@ def masked_load(b: ir.IRBuilder, pointer: ir.Value, kind: ir.Type, mask: ir.Valu
 
 
 def masked_store(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, mask: ir.Value) -> None:
+    if isinstance(mask, ir.Constant) and [lane.constant for lane in mask.constant[:2]] == [1, 0]:
+        # LLVM would write the one lane of narrowed numbers (AVX-512 without bfloat16) as wide as they were before.
+        store(b, b.extract_element(value, ir.Constant(I32, 0)), pointer)
+        return
     align = ir.Constant(I32, _size(scalar_of(value.type)))
     intrinsic(b, f"llvm.masked.store.{suffix(value.type)}.p0", VOID, [value, pointer, align, mask])
 

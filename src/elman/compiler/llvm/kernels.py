@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from torch import fx
@@ -9,7 +10,7 @@ from torch import fx
 from ...errors import UnfoldWarning, UnsupportedError
 from ..fuse import fused
 from ..program import Loop, Program
-from ..step import Step
+from ..step import Step, ours
 from .kernel import Kernel, PrecisionError, compile_loop
 
 __all__ = ["Kernels", "Refused"]
@@ -73,4 +74,12 @@ def _warn(carried: str, reason: str) -> None:
     text = f"the loop over {carried} runs through PyTorch's operations, some times slower: {reason}"
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, UnfoldWarning, stacklevel=2)
+        warnings.warn(text, UnfoldWarning, stacklevel=_level_of_the_caller())
+
+
+def _level_of_the_caller() -> int:
+    """How many calls up from ``_warn`` the code is that is neither elman's nor PyTorch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and (ours(frame.f_code.co_filename) or "/elman/" in frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -22,7 +22,7 @@ __all__ = ["Resident", "whole"]
 def whole(step: Step) -> Kernel:
     """The kernel of all of a step, products of its inputs included. Raises UnsupportedError where there is none."""
     if step.draws:
-        raise UnsupportedError("the step draws random numbers.")
+        raise UnsupportedError("the step draws random numbers; cell.eval() turns dropout off.")
     stored = dict.fromkeys(y for y in step.ys if y is not None)
     if any(rows_of_node(node) != (0, 1) for node in stored):
         raise UnsupportedError("an output whose rows are not those of the batch.")
