@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from contextlib import nullcontext
 from typing import Any
 
@@ -172,3 +174,110 @@ def test_mistakes() -> None:
         Stream(ElmanCell(3, 4), torch.zeros(1, 4))(x)
     with pytest.raises(InputError, match=r"\(2, 4\)"):
         Stream(ElmanCell(3, 4))(torch.randn(2, 4))
+
+
+class Plain(nn.Module):
+    """A step with a product, and weights that are no part of one; the output is the state itself."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3 + 4, 4, dtype=dtype)
+        self.gain = nn.Parameter(torch.ones(4, dtype=dtype))
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(batch, 4, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = torch.tanh(self.mix(torch.cat([x, state], -1))) * self.gain
+        return state, state
+
+
+@pytest.mark.parametrize("make", [LSTMCell, lambda i, h: Delay(GRUCell(i, h), 3)])
+def test_the_state_of_bfloat16_is_the_one_after_the_last_step(make: Any) -> None:
+    cell, xs = make(4, 8).bfloat16(), torch.randn(5, 2, 4).bfloat16()
+    stream = Stream(cell, backend="llvm")
+    for x in xs:
+        stream(x)
+    with torch.no_grad():
+        _, state = elman.scan(cell, xs, backend="llvm")
+    for one, other in zip(pytree.tree_leaves(stream.state), pytree.tree_leaves(state), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-2)  # a scan rounds what x becomes, before its loop
+
+
+def test_what_becomes_of_weights_after_the_first_step_does_not_matter() -> None:
+    """All of them are read then; neither is their memory needed later."""
+    cell, x = Plain(), numbers(2, 3)
+    stream, other = Stream(cell), Stream(copy.deepcopy(cell))
+    same(stream(x), other(x))
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.mul_(2)
+    same(stream(x), other(x))
+    cell.float()
+    same(stream(x), other(x))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_may_begin_or_end(first: bool) -> None:
+    cell, xs = Delay(Plain(), 2), numbers(4, 2, 3)
+    stream = Stream(cell)
+    answers = []
+    for t, x in enumerate(xs):
+        with torch.inference_mode((t < 2) == first):
+            answers.append(stream(x))
+            assert stream.state is not None
+    with torch.no_grad():
+        same(answers, list(elman.scan(cell, xs, backend="reference")[0]))
+
+
+@pytest.mark.parametrize("backend", ["llvm", "reference"])
+def test_what_is_given_and_handed_out_may_be_overwritten(backend: str) -> None:
+    class Last(Plain):
+        """Also keeps x as it is."""
+
+        def initial_state(self, batch: int, **options: Any) -> Any:
+            return super().initial_state(batch, **options), torch.zeros(batch, 3, **options)
+
+        def forward(self, x: Tensor, state: Any) -> Any:
+            y, h = super().forward(x + state[1], state[0])
+            return (y, x), (h, x)
+
+    cell, xs = Last(), numbers(4, 2, 3)
+    with torch.no_grad():
+        (expected, _), _ = elman.scan(cell, xs, backend="reference")
+    stream, x = Stream(cell, backend=backend), torch.empty(2, 3, dtype=torch.float64)
+    for t in range(4):
+        y = stream(x.copy_(xs[t]))
+        same(y[0], expected[t])
+        for leaf in [*y, *stream.state]:
+            leaf.fill_(100)
+
+
+@pytest.mark.parametrize("backend", ["llvm", "reference"])
+def test_parts_of_x_are_told_apart(backend: str) -> None:
+    class Parts(nn.Module):
+        def forward(self, x: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+            state = state + x["a"] - x["b"]
+            return state, state
+
+    a, b = torch.ones(2, 3), torch.zeros(2, 3)
+    stream = Stream(Parts(), torch.zeros(2, 3), backend=backend)
+    stream({"a": a, "b": b})
+    for wrong in ({"b": b, "a": a}, (a, b), [a, b]):
+        with pytest.raises(InputError, match=r"began with x of \{'a': \(2, 3\) float32"):
+            stream(wrong)
+    with pytest.raises(InputError, match="one B"):
+        Stream(Parts(), torch.zeros(2, 3), backend=backend)({"a": a, "b": b[:1]})
+
+
+@pytest.mark.parametrize("backend", ["llvm", "reference"])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+def test_a_copy_goes_on_in_memory_of_its_own(again: Any, backend: str) -> None:
+    xs = numbers(6, 2, 3)
+    stream = Stream(Delay(LSTMCell(3, 4), 2).double(), backend=backend)
+    for x in xs[:3]:
+        stream(x)
+    other = again(stream)
+    answers = [stream(x) for x in xs[3:]]
+    same([other(x) for x in xs[3:]], answers)
+    same(other.state, stream.state)

@@ -187,3 +187,77 @@ def test_float16_runs_through_pytorch_without_a_warning() -> None:
         warnings.simplefilter("error", UnfoldWarning)
         ys, _ = elman.scan(cell, x, backend="llvm")
     assert ys.dtype == torch.float16
+
+
+class Rows(nn.Module):
+    """A product of three rows for every sequence, and one whose weight stands on the left."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(n, n), nn.Linear(6, 3 * n)
+        self.turn = nn.Parameter(torch.randn(n, n) * 0.3)
+        self.n = n
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(batch, 3, self.n, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        mean = (self.turn @ state.mean(1).t()).t()
+        state = torch.tanh(self.inner(state) + self.outer(x).view(-1, 3, self.n) + mean.unsqueeze(1))
+        return state.amax(1), state
+
+
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16", "medium"])
+@pytest.mark.parametrize("n", [8, 7])
+def test_products_of_several_rows_and_of_a_weight_on_the_left(
+    n: int, mode: str, precision: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(7)
+    cell, x = Rows(n), torch.randn(T, B, 6)
+    narrow, autocast = (cell.bfloat16(), False) if mode == "bfloat16" else (cell, mode == "autocast")
+    x = x.bfloat16() if mode == "bfloat16" else x
+    exact = everything(copy.deepcopy(cell).float(), x.float(), "reference", False)
+    theirs = everything(narrow, x, "reference", mode != "bfloat16")
+    precision("medium" if mode == "medium" else "highest")
+    ran = Ran(monkeypatch)
+    found = everything(narrow, x, "llvm", autocast)
+    assert len(ran.kernels) >= 2
+    check(found, theirs, exact)
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "x86-64", "neon"])
+@pytest.mark.parametrize("n", [3, 17, 33])
+def test_nothing_is_written_beside_a_row(n: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number over, written as wide as float32, would be half in the next row, or behind the last."""
+    if isa not in {one.name for one in runnable()}:
+        pytest.skip(f"this machine has no {isa}")
+    plain = Kernel.__call__
+
+    def guarded(kernel: Kernel, rows: object, reverse: bool, inputs: object, outputs: list[Tensor]) -> None:
+        rooms = [torch.full((out.numel() + 64,), 7, dtype=out.dtype) for out in outputs]
+        inside = [room[32:-32].view(out.shape) for room, out in zip(rooms, outputs, strict=True)]
+        plain(kernel, rows, reverse, inputs, inside)  # type: ignore[arg-type]
+        for room, made, out in zip(rooms, inside, outputs, strict=True):
+            assert (torch.cat([room[:32], room[-32:]]) == 7).all()
+            out.copy_(made)
+
+    torch.manual_seed(8)
+    cell, x = ElmanCell(5, n).bfloat16(), torch.randn(T, B, 5).bfloat16()
+    exact = everything(copy.deepcopy(cell).float(), x.float(), "reference", False)
+    theirs = everything(cell, x, "reference", False)
+    monkeypatch.setattr(Kernel, "__call__", guarded)
+    monkeypatch.setenv("ELMAN_ISA", isa)
+    forget()
+    try:
+        check(everything(cell, x, "llvm", False), theirs, exact)
+    finally:
+        forget()
+
+
+def test_gradients_of_weights_are_summed_over_pieces_in_float32() -> None:
+    """Of 128 pieces of one sign: in bfloat16 each would change the sum by less and less."""
+    torch.manual_seed(9)
+    cell, x = ElmanCell(4, 16).bfloat16(), (torch.randn(2048, 1, 4) + 1).bfloat16()
+    exact = everything(copy.deepcopy(cell).float(), x.float(), "reference", False)
+    found = everything(cell, x, "llvm", False, remat=16)
+    assert max(distance(found, exact)) < 6e-3
