@@ -50,9 +50,12 @@ class _Unfolded(nn.RNNBase):
         count = self.num_layers
         return [range(depth, depth + 1) for depth in range(count)] if self.bidirectional else [range(count)]
 
-    def _stack(self, depths: range, training: bool) -> Stack:
+    def _stack(self, depths: range, training: bool) -> nn.Module:
+        """The layers of those depths as one cell: where it is but one, that itself."""
         width = (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
         cells = [self._cell(width if depth else self.input_size, depth) for depth in depths]
+        if len(cells) == 1:
+            return cells[0]
         dropout = self.dropout if training and len(cells) > 1 else 0.0
         key = (*map(id, cells), dropout)
         if key not in _skeletons.stacks:
@@ -187,19 +190,19 @@ def _unfold_layers(layer: _Unfolded, xs: Tensor, rows: Rows, hx: Any) -> tuple[T
     for depths in layer._groups():
         if depths.start and layer.dropout and layer.training:
             xs = F.dropout(xs, layer.dropout)
-        stack = layer._stack(depths, layer.training)
+        stack, alone = layer._stack(depths, layer.training), len(depths) == 1
         ys = []
         for direction in range(directions):
             at = [depth * directions + direction for depth in depths]
             own = {
-                f"cells.{place}.{name.rpartition('_l')[0]}": weights[name]
+                ("" if alone else f"cells.{place}.") + name.rpartition("_l")[0]: weights[name]
                 for place, index in enumerate(at)
                 for name in layer._all_weights[index]
             }
             state = tuple(initial[index] if pair else initial[index][0] for index in at)
-            y, final = unfold(stack, rows, xs, state, reverse=direction == 1, parameters=own)
+            y, final = unfold(stack, rows, xs, state[0] if alone else state, reverse=direction == 1, parameters=own)
             ys.append(y.to(lower or xs.dtype))
-            for index, leaves in zip(at, final, strict=True):
+            for index, leaves in zip(at, (final,) if alone else final, strict=True):
                 finals[index] = leaves if pair else (leaves,)
         xs = ys[0] if directions == 1 else torch.cat(ys, -1)
     last = tuple(torch.stack(leaves).to(lower or leaves[0].dtype) for leaves in zip(*finals, strict=True))

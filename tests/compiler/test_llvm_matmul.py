@@ -370,11 +370,11 @@ def test_small_products_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytes
         return multiply(left, right, init, **options)
 
     monkeypatch.setattr(matmul, "multiply", spy)
-    for m, k, n in ((32, 32, 32), (8, 512, 512), (4096, 4, 128), (4096, 128, 4), (128, 128, 128)):
+    for m, k, n in ((32, 32, 32), (8, 512, 512), (4096, 4, 128), (4096, 128, 4), (128, 128, 128), (256, 128, 128)):
         left, right, bias = numbers(m, k, dtype=dtype), numbers(k, n, dtype=dtype), numbers(n, dtype=dtype)
         assert_close(matmul.product_of(left, right), left, right)
         assert_close(matmul.added(bias, left, right), left, right, bias)
-    assert taken == [(128, 128, 128)] * 2
+    assert taken == [(256, 128, 128)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])

@@ -251,4 +251,4 @@ def _line(row: dict[str, Any]) -> str:
         multiples = [f"{times[m]['min'] / own[m]['min']:.2f}" if m in times else "–" for m in modes]
         others += [f"{way} {' / '.join(multiples)}"] if way != "elman" else []
     cell = row["cell"] + (", bf16" if "precision" in row else "")
-    return f"{cell:<21}forward {parts[0]:<16} training {parts[1]:<16} ×: {', '.join(others)}"
+    return f"{cell:<23}forward {parts[0]:<16} training {parts[1]:<16} ×: {', '.join(others)}"

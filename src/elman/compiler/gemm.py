@@ -48,7 +48,8 @@ def function_of(node: fx.Node, compiled: bool = False, precision: str = "highest
         from .llvm import isa, matmul  # llvmlite is loaded with the first program of machine code
 
         if isa.chosen() is not None:
-            return _precise(matmul.added if bias else matmul.product_of, precision)
+            function = matmul.added if bias else matmul.product_of
+            return function if precision == "highest" else _precise(function, precision)
     if not applies(node):
         return None
     return added if bias else product

@@ -51,7 +51,7 @@ _PANELS = 8  # whose sums are rounded at a time
 _RIGHT_BYTES = 8 << 20  # of right in a block
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
 _FEW = 8  # columns or k below which torch.mm is faster, and half of the rows
-_LITTLE = 1 << 20  # multiplications below which the call itself weighs too much
+_LITTLE = 3 << 20  # multiplications below which the call itself weighs too much
 _FROM_SYSTEM = 32 << 20  # bytes from which on the C library keeps no memory for later
 _HUGE = 2 << 20  # bytes of a large page
 
