@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -156,10 +156,11 @@ def everything(scan: Scan, cell: nn.Module, given: dict[str, Any], **options: An
     sources = {f"{role} {i}": leaf for role in given for i, leaf in enumerate(floats(given[role]))}
     sources |= {f"parameter {name}": p for name, p in cell.named_parameters() if p.requires_grad}
     sources = {name: leaf for name, leaf in sources.items() if leaf.requires_grad}
+    grads: Sequence[Tensor | None] = [None] * len(sources)  # no way to a source is a gradient of zero
     if isinstance(loss, Tensor) and loss.requires_grad and sources:
         grads = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
-        for (name, leaf), grad in zip(sources.items(), grads, strict=True):
-            found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    for (name, leaf), grad in zip(sources.items(), grads, strict=True):
+        found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: leaf.detach() for name, leaf in found.items()}
 
 

@@ -202,8 +202,11 @@ class Bound:
 
     def _as_multiplied(self, weight: Tensor, product: Product) -> Tensor:
         """A weight in the type that a product multiplies."""
-        if weight.dtype is not product.left.buffer.dtype:
-            weight = weight.to(product.left.buffer.dtype)
+        wanted = product.left.buffer.dtype
+        if weight.dtype is not wanted:
+            if {weight.dtype, wanted} != {torch.bfloat16, torch.float32}:
+                raise RuntimeError(f"a weight of {wanted} was expected, got {weight.dtype}")
+            weight = weight.to(wanted)
             self.held.append(weight)
         return weight
 
