@@ -51,7 +51,7 @@ def explain(cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytr
     lines = [
         f"{name}: backend {_LLVM if machine and len(found) < _loops(rule) else _INTERPRET}",
         _why(machine, found, _loops(rule)),
-        *_MEDIUM[: step.step.precision == "medium" and machine],
+        *([_MEDIUM] if machine and step.step.precision == "medium" else []),
         "",
         *_once(step, level),
     ]
@@ -60,7 +60,7 @@ def explain(cell: nn.Module, xs: Pytree, state: State = None, *, constants: Pytr
     return "\n".join(lines) + "\n"
 
 
-_MEDIUM = ['precision: products of float32 may be of bfloat16: torch.set_float32_matmul_precision("medium") is set']
+_MEDIUM = 'precision: products of float32 may be of bfloat16: torch.set_float32_matmul_precision("medium") is set'
 _LLVM = "llvm (loops as machine code, the rest through ATen)"
 _INTERPRET = "interpret (the program through ATen, with preallocated buffers)"
 

@@ -36,7 +36,7 @@ from .memory import BYTES
 from .product import pack, packed_bytes, panels, product
 from .rowcode import RowCode, divides, least, share
 
-__all__ = ["WORDS", "generate", "kind_of", "packed_sizes"]
+__all__ = ["WORDS", "generate", "packed_sizes"]
 
 WORDS = ("first", "last", "steps", "batch", "reverse", "sizes", "offsets", "barrier", "units")
 """What the words of the arguments are; after them two for each buffer, its address and the bytes from row to row, and
@@ -52,7 +52,7 @@ def packed_sizes(lowered: Lowered, isa: Isa) -> list[int]:
     return [_chunk_bytes(item, isa) * (item.n // item.chunk) for item in products]
 
 
-def kind_of(item: Product) -> ir.Type:
+def _kind_of(item: Product) -> ir.Type:
     """The numeric mode of a product: that of its left side, which its weight is packed for."""
     return {torch.float32: F32, torch.float64: F64, torch.bfloat16: BF16}[item.left.buffer.dtype]
 
@@ -63,7 +63,7 @@ def generate(lowered: Lowered, isa: Isa) -> ir.Module:
 
 
 def _chunk_bytes(item: Product, isa: Isa) -> int:
-    return packed_bytes(item.k, item.chunk, isa, kind_of(item))
+    return packed_bytes(item.k, item.chunk, isa, _kind_of(item))
 
 
 class _Generator:
@@ -82,7 +82,7 @@ class _Generator:
     def _pack(self, b: ir.IRBuilder, words: ir.Value, thread: ir.Value, threads: ir.Value) -> None:
         """A thread's share of laying out the weights of the products."""
         for i, item in enumerate(self.products):
-            kind = kind_of(item)
+            kind = _kind_of(item)
             made = pack(self.module, self.isa, kind, item.k, item.chunk)
             first_word = self.packed_at + 4 * i
             packed, weight = (load(b, at(b, words, 8 * (first_word + j)), PTR) for j in range(2))
@@ -209,7 +209,7 @@ class _Generator:
     def _product(self, b: ir.IRBuilder, f: ir.Function, item: Product) -> None:
         words, index, offset, first, last, part, parts, thread = f.args
         step = index, offset
-        kind = kind_of(item)
+        kind = _kind_of(item)
         size = BYTES[item.out.buffer.dtype]
         made = product(self.module, self.isa, kind, item.k, item.chunk)
         packed = load(b, at(b, words, 8 * (self.packed_at + 4 * self.products.index(item))), PTR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 
 from torch import fx
 
@@ -15,6 +16,7 @@ from .kernel import Kernel, PrecisionError, compile_loop
 
 __all__ = ["Kernels", "Refused"]
 
+_PACKAGE = str(Path(__file__).parents[2])  # not by name: a user's folder may be called elman too
 _warned: set[str] = set()
 
 
@@ -80,6 +82,6 @@ def _warn(carried: str, reason: str) -> None:
 def _level_of_the_caller() -> int:
     """How many calls up from ``_warn`` the code is that is neither elman's nor PyTorch's."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and (ours(frame.f_code.co_filename) or "/elman/" in frame.f_code.co_filename):
+    while frame.f_back is not None and (ours(file := frame.f_code.co_filename) or file.startswith(_PACKAGE)):
         frame, level = frame.f_back, level + 1
     return level
