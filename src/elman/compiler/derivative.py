@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from .independence import annotate, is_varying
 from .simplify import fuse, simplify
 from .step import Step, arguments, explained
-from .trace import functional
+from .tape import Unrecorded
+from .trace import functional, recorded
 
 __all__ = ["Derivative", "derive"]
 
@@ -71,7 +72,7 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
     w_grads = [i for i, need in enumerate(needs_weight) if need and inputs[at + i].is_floating_point()]
     states = [i for i in range(count[1]) if inputs[count[0] + i].is_floating_point()]
     wanted = [*(count[0] + i for i in states), *x_grads, *(at + i for i in w_grads)]
-    module = _module(step, ends)
+    graph = _graph(step, ends)
     outputs = [y for i, y in enumerate(step.ys) if y is not None and i in ys] + [step.next[i] for i in states]
 
     def joint(*args: Tensor) -> list[Any]:
@@ -79,7 +80,9 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
         for i in wanted:
             primals[i] = primals[i].detach().requires_grad_()
         with torch.enable_grad():
-            values: dict[fx.Node, Tensor] = dict(zip(ends, fx.Interpreter(module).run(*primals), strict=True))
+            values: dict[fx.Node, Tensor] = dict(
+                zip(ends, fx.Interpreter(step.root, graph=graph).run(*primals), strict=True)
+            )
             pairs = [
                 (values[out], cotangent)
                 for out, cotangent in zip(outputs, cotangents, strict=True)
@@ -101,8 +104,11 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
     cotangents = [_empty_like(node.meta["val"]) for node in outputs]
     device = step.xs[0].meta["val"].device.type
     with mode, torch.autocast(device, enabled=False), torch.no_grad(), fx.traceback.preserve_node_meta():
-        traced = functional(joint, [*inputs, *cotangents])
-    graph = traced.graph
+        try:
+            graph, root = recorded(joint, [*inputs, *cotangents])
+        except Unrecorded:
+            root = functional(joint, [*inputs, *cotangents])
+            graph = root.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     named = [n.name for n in (*step.xs, *step.state, *step.weights, *step.draws)]
     for node, name in zip(placeholders, [*named, *(f"d_{n.name}" for n in outputs)], strict=True):
@@ -113,7 +119,7 @@ def _trace_joint(step: Step, needs_x: Sequence[bool], needs_weight: Sequence[boo
     grads = results[len(ends) :]
     both = Step(
         graph,
-        traced,
+        root,
         step.unit,
         xs=[*placeholders[:a], *placeholders[d : d + len(ys)]],
         state=[*placeholders[a:b], *placeholders[d + len(ys) :]],
@@ -135,8 +141,8 @@ def _empty_like(value: Tensor) -> Tensor:
         return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
-def _module(step: Step, ends: list[fx.Node]) -> fx.GraphModule:
-    graph = fx.Graph(step.root)
+def _graph(step: Step, ends: list[fx.Node]) -> fx.Graph:
+    graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in (*step.xs, *step.state, *step.weights, *step.draws):
         env[node] = graph.placeholder(node.name)
@@ -144,7 +150,7 @@ def _module(step: Step, ends: list[fx.Node]) -> fx.GraphModule:
         if node.op in ("call_function", "get_attr"):
             env[node] = graph.node_copy(node, env.__getitem__)
     graph.output([env[e] for e in ends])
-    return fx.GraphModule(step.root, graph)
+    return graph
 
 
 def _part_layer_norm(graph: fx.Graph) -> None:
@@ -254,7 +260,7 @@ def _slice(
     joint: Step, xs: list[fx.Node], state: list[fx.Node], draws: list[fx.Node]
 ) -> tuple[Step, dict[fx.Node, fx.Node]]:
     """A step of its own that starts from these values; what cannot be reached from them is left out."""
-    graph = fx.Graph(joint.root)
+    graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in dict.fromkeys((*xs, *state, *joint.weights, *draws)):
         env[node] = graph.placeholder(node.name)

@@ -71,7 +71,7 @@ def hoist(step: Step) -> tuple[Step, Step]:
 
 
 def _copy_invariant(step: Step, crossing: list[fx.Node]) -> Step:
-    graph = fx.Graph(step.root)
+    graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     weights = []
     for node in step.graph.nodes:
@@ -87,7 +87,7 @@ def _copy_invariant(step: Step, crossing: list[fx.Node]) -> Step:
 
 
 def _copy_varying(step: Step, crossing: list[fx.Node]) -> Step:
-    graph = fx.Graph(step.root)
+    graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in (*step.xs, *step.state, *crossing, *step.draws):
         env[node] = graph.placeholder(_role(node))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ElmanError, UnsupportedError
@@ -37,7 +37,7 @@ class Step:
     """
 
     graph: fx.Graph
-    root: fx.GraphModule
+    root: nn.Module
     unit: int
     xs: list[fx.Node]
     state: list[fx.Node]

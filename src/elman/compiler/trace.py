@@ -2,8 +2,9 @@
 
 The step runs once on fake tensors (shapes without data) through ``make_fx``. The batch stays symbolic without
 symbolic integers: the batch size is a prime that divides no other dimension, so that every dimension and every
-integer argument that is a multiple of it *is* a multiple of the batch, k·B. To be sure, the step is traced with
-two primes, and the two graphs must agree in everything else. T is no part of the trace at all.
+integer argument that is a multiple of it *is* a multiple of the batch, k·B. To be sure, the step is run
+again with another prime, on a tape: the two runs must agree in everything else. Where they seem not to, it is traced
+again, and the two graphs tell. T is no part of the trace at all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -38,10 +39,12 @@ from ..errors import (
 )
 from .draws import draws_become_inputs
 from .step import Leaf, Step, arguments, batch_multiple, fake, location, user_line
+from .tape import Recorder, Tape
 
-__all__ = ["core_decompositions", "decompositions", "functional", "perturb", "trace"]
+__all__ = ["core_decompositions", "decompositions", "functional", "perturb", "recorded", "trace"]
 
 aten = torch.ops.aten
+_SMALL = (1, 2)
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069)
 
 _KEPT_WHOLE = (
@@ -83,6 +86,7 @@ def core_decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(core_aten_decompositions())
 
 
+@lru_cache(maxsize=1)
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's core ATen decompositions, less the fused forms that backends keep whole."""
     table = dict(core_decompositions())
@@ -108,11 +112,45 @@ def trace(
     first, second = [p for p in _PRIMES if all(n % p or not n for n in dims)][:2]
     step = _trace_at(first, function, xs, state, weights)
     _check_autograd(function, xs, state, weights, first)
-    _compare(step, _trace_at(second, function, xs, state, weights))
-    for small in (1, 2):
-        _compare_lines(step, _trace_at(small, function, xs, state, weights))
+    tape = _run(first, function, xs, state, weights)
+    for unit in (second, *_SMALL):
+        if not _repeats(tape, _run(unit, function, xs, state, weights)):  # or so it seems: the graph tells
+            compare = _compare if unit == second else _compare_lines
+            compare(step, _trace_at(unit, function, xs, state, weights))
+    for node in step.graph.nodes:
+        _check_numbers(node, first)
     draws_become_inputs(step)
     return step
+
+
+def _run(unit: int, function: Callable[..., Any], xs: Any, state: Any, weights: Any) -> Tape | None:
+    """What the step does with a batch of that size; None if it fails."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [[fake(mode, leaf, unit) for leaf in part] for part in (xs, state, weights)]
+    tape = Tape(decompositions(), unit)
+    try:
+        with _translated(), mode, torch.enable_grad(), _Watch():
+            tape.run(function, inputs)
+    except ElmanError:
+        return None
+    return tape
+
+
+def _repeats(mine: Tape | None, theirs: Tape | None) -> bool:
+    """Whether two runs are of the same operations on the same values; with one row or two, of the same lines."""
+    if mine is None or theirs is None:
+        return False
+    return mine.lines == theirs.lines if theirs.unit in _SMALL else _same_entries(mine, theirs)
+
+
+def _same_entries(tape: Tape, again: Tape) -> bool:
+    pairs = zip(tape.entries, again.entries, strict=False)
+    return len(tape.entries) == len(again.entries) and all(
+        mine.target is theirs.target
+        and mine.structure == theirs.structure
+        and all(_same(a, b, tape.unit, again.unit) for a, b in zip(mine.given, theirs.given, strict=True))
+        for mine, theirs in pairs
+    )
 
 
 def _check_autograd(function: Callable[..., Any], xs: Any, state: Any, weights: Any, unit: int) -> None:
@@ -208,6 +246,25 @@ def functional(function: Callable[..., Any], inputs: list[Tensor]) -> fx.GraphMo
         _copies_become_views(root.graph)
     _correct_statistics(root.graph)
     return root
+
+
+def recorded(function: Callable[..., Any], inputs: list[Tensor]) -> tuple[fx.Graph, nn.Module]:
+    """What ``functional`` gives, for a function that runs a graph of its results and differentiates it.
+
+    An operation has the user's line of the node that runs it, or of the caller. Raises Unrecorded.
+    """
+    graph, root = fx.Graph(), nn.Module()
+    recorder = Recorder(decompositions(), graph, root)
+    recorder.meta = {"stack_trace": "".join(traceback.format_stack())}
+    for i, value in enumerate(inputs):
+        node = graph.placeholder(f"arg{i}_1")
+        node.meta = {"val": value}
+        recorder.give(value, node)
+    with recorder:
+        results = function(*inputs)
+    graph.output(pytree.tree_map(recorder.node_of, results))
+    _correct_statistics(graph)
+    return graph, root
 
 
 def _correct_statistics(graph: fx.Graph) -> None:
@@ -322,11 +379,14 @@ def _user_of(node: fx.Node) -> str:
 
 
 def _compare(step: Step, other: Step) -> None:
-    """The two traces may differ only where both hold the same multiple of their own prime."""
+    """The two traces may differ only where both hold the same multiple of their own prime as a size."""
     pairs = zip(step.graph.nodes, other.graph.nodes, strict=False)
     same = len(step.graph.nodes) == len(other.graph.nodes)
     for mine, theirs in pairs:
         agree = same and mine.target == theirs.target and _alike(mine, theirs, step.unit, other.unit)
+        if agree and mine.op == "get_attr":
+            one, two = (getattr(of.root, str(mine.target)) for of in (step, other))
+            agree = _same(one, two, step.unit, other.unit)
         if not agree:
             raise _batch_dependent(mine)
         _check_numbers(mine, step.unit)
@@ -375,6 +435,9 @@ def _same(a: Any, b: Any, unit: int, other: int) -> bool:
         return isinstance(b, fx.Node) and a.name == b.name
     if type(a) is not type(b):
         return False
+    if isinstance(a, Tensor):
+        alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        return a is b or (alike and bool(((a == b) | ((a != a) & (b != b))).all()))
     multiple = batch_multiple(a, unit)
     return multiple == batch_multiple(b, other) if multiple else bool(a == b or (a != a and b != b))
 

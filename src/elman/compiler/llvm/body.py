@@ -6,18 +6,19 @@ Norms, softmax and the like are taken apart into sums, maxima and pointwise work
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._decomp import decomposition_table
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..step import Step, arguments, explained
+from ..tape import Recorder
 from ..trace import core_decompositions
 
 __all__ = ["Body", "body_of"]
@@ -34,7 +35,7 @@ class Body:
     """
 
     graph: fx.Graph
-    root: fx.GraphModule
+    root: nn.Module
     outside: list[fx.Node]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
@@ -47,35 +48,52 @@ def body_of(step: Step, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) ->
     inside = set(nodes)
     read = [n for node in nodes for n in node.all_input_nodes if n not in inside]
     outside = list(dict.fromkeys([*read, *(n for n in outputs if n not in inside)]))
-    graph = fx.Graph(step.root)
-    env = {node: graph.placeholder(node.name) for node in outside}
-    for node in nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] for n in outputs))
+    graph, root = fx.Graph(), nn.Module()
+    env: dict[fx.Node, Any] = {}
+    for node in outside:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
     values = [n.meta["val"] for n in outside]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
-    with explained("a loop cannot be taken apart"), mode, torch.no_grad(), fx.traceback.preserve_node_meta():
-        traced = make_fx(fx.Interpreter(fx.GraphModule(step.root, graph)).run, decomposition_table=_table())(*values)
-    traced.graph.eliminate_dead_code()
-    found = [n for n in traced.graph.nodes if n.op == "placeholder"], arguments(traced.graph.output_node())[0]
-    graph, env = _named(traced.graph, dict(zip([*found[0], *found[1]], [*outside, *outputs], strict=True)))
-    inputs, results = ([env[n] for n in nodes] for nodes in found)
-    return Body(graph, traced, outside, inputs, list(outputs), results, step.unit)
+    recorder = Recorder(_table(), graph, root)
+    with explained("a loop cannot be taken apart"), mode, torch.no_grad():
+        for node in nodes:
+            env[node] = _apart(recorder, node, env)
+            if env[node] is NotImplemented:
+                env[node] = graph.node_copy(node, env.__getitem__)
+                env[node].meta = dict(node.meta)
+    results = [env[node] for node in outputs]
+    graph.output(tuple(results))
+    graph.eliminate_dead_code()
+    for node, result in zip(outputs, results, strict=True):
+        if result.op != "placeholder":
+            result._rename(node.name)
+    return Body(graph, root, outside, [env[node] for node in outside], list(outputs), results, step.unit)
 
 
-def _named(graph: fx.Graph, ends: dict[fx.Node, fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """The same graph, whose ends have the names that they have in the step."""
-    named = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    taken = {outer.name for outer in ends.values()}
-    for node in graph.nodes:
-        if node.op == "output":
-            continue
-        name = ends[node].name if node in ends else node.name + "_" * (node.name in taken)
-        args, kwargs = (fx.map_arg(given, env.__getitem__) for given in (node.args, node.kwargs))
-        env[node] = named.create_node(node.op, node.target, args, kwargs, name)
-        env[node].meta = node.meta
-    return named, env
+def _apart(recorder: Recorder, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """The node of an operation's result once it is taken apart, a tuple of nodes where it has several results, or
+    NotImplemented where it stays as it is."""
+    if node.target is operator.getitem:
+        whole = env[arguments(node)[0]]
+        return whole[arguments(node)[1]] if isinstance(whole, tuple) else NotImplemented
+    formula = recorder.table.get(node.target)
+    if formula is None:
+        return NotImplemented
+    given = {}
+    recorder.forget()
+    for source in node.all_input_nodes:
+        value = source.meta["val"]
+        given[source] = value = value.view_as(value) if recorder.knows(value) else value
+        recorder.give(value, env[source])
+    recorder.meta, recorder.prefix = node.meta, f"{node.name}_"
+    args: Any = fx.map_arg(node.args, given.__getitem__)
+    kwargs: Any = fx.map_arg(node.kwargs, given.__getitem__)
+    with recorder:
+        out = formula(*args, **kwargs)
+    if out is NotImplemented:
+        return out
+    return tuple(map(recorder.node_of, out)) if isinstance(out, (tuple, list)) else recorder.node_of(out)
 
 
 @lru_cache(maxsize=1)
