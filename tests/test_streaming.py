@@ -17,7 +17,8 @@ from contracts import ROWS, Row
 from contracts.row import numbers
 from elman import Stream
 from elman.cells import ElmanCell, GRUCell, LSTMCell
-from elman.combinators import Delay, Stack
+from elman.cells.dense import DenseCell
+from elman.combinators import Delay, Feedback, Noise, Stack
 from elman.errors import CellError, InputError, OptionError, StateError, UnfoldWarning, UnsupportedError
 
 STEPS, BATCH = 7, 3
@@ -138,14 +139,28 @@ def test_what_has_no_kernel_runs_as_it_is_written() -> None:
 
 
 def test_dropout_of_a_cell_in_training_is_drawn_at_every_step() -> None:
-    cell = LSTMCell(3, 64)
-    cell = Stack([cell, LSTMCell(64, 5)], dropout=0.5).train()
-    stream = Stream(cell)
+    cell = Stack([DenseCell(3, 64), DenseCell(64, 5)], dropout=0.5)  # without memory: alike steps give alike y
     x = torch.randn(1, 3)
-    with pytest.warns(UnfoldWarning, match=r"cell.eval\(\) turns dropout off"):
-        stream(x)
-    assert stream.backend == "reference"
-    assert Stream(cell.eval())(x).isfinite().all()
+    for training in (True, False):
+        stream = Stream(cell.train(training), backend="llvm")
+        first, second, third = (stream(x) for _ in range(3))
+        assert torch.equal(first, second) is not training
+        assert torch.equal(second, third) is not training
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_a_step_draws_depends_on_the_seed_alone(batch: int) -> None:
+    """Symbols drawn and fed back, and noise: the same from torch's generator, whatever runs the steps."""
+    cell = Noise(Feedback(LSTMCell(2 + 9, 16), nn.Linear(16, 9), feed="sample"), 0.1).double().train()
+    xs = numbers(20, batch, 2)
+    found = []
+    for backend in ("llvm", "reference"):
+        torch.manual_seed(3)
+        stream = Stream(cell, backend=backend)
+        found.append(([stream(x) for x in xs], stream.state))
+        after = torch.rand(1)
+        found[-1][0].append(after)
+    same(*found)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -1,7 +1,8 @@
 """Decoding: draw token ids from a step in closed loop on its own output, and score given ids.
 
 Nothing here knows text: ids go in, ids come out. A *step* is any function ``(ids (B,), state) -> (logits
-(B, V), state)``; ``state`` is None before the first step, for it to begin with its own initial state.
+(B, V), state)``; ``state`` is None before the first step, for it to begin with its own initial state. A language
+model's is ``LanguageModel.streamed()``.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ class Sampler:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distributions (B, V), float64, that the rows are drawn from."""
-        _check_logits(logits)
+        largest = _check_logits(logits)
         if self._certain:
             return torch.zeros(logits.shape, dtype=torch.float64, device=logits.device).scatter(
                 1, logits.argmax(-1, keepdim=True), 1.0
             )
-        centred = logits.double() - logits.double().amax(-1, keepdim=True)  # so that no temperature overflows
+        centred = logits.double() - largest.double()  # so that no temperature overflows
         # 0 / tiny stays 0 and negatives go to −inf at worst: the maximum is always kept
-        probabilities = torch.softmax(centred / self.temperature, -1)
+        probabilities = torch.softmax(centred if self.temperature == 1 else centred / self.temperature, -1)
         if self.top_k is None and self.top_p is None:
             return probabilities
         # ranked by logits, which stay apart where probabilities have rounded to the same
@@ -213,16 +214,19 @@ def _ids(ids: Ids, device: torch.device | str | None) -> Tensor:
     raise InputError(f"token ids must be whole numbers from 0, (N,); got {str(ids)[:80]}")
 
 
-def _check_logits(logits: Tensor) -> None:
+def _check_logits(logits: Tensor) -> Tensor:
+    """The largest of each row (B, 1), after a look at whether they are distributions."""
     if logits.dim() != 2 or not logits.shape[1]:
         raise InputError(f"logits must be (B, V); got {tuple(logits.shape)}")
-    largest = logits.amax(-1)  # NaN if any is
-    if not bool(largest.isfinite().all()):
-        row = int((~largest.isfinite()).nonzero()[0])
+    largest = logits.amax(-1, keepdim=True)  # NaN if any is
+    finite = math.isfinite(largest.item()) if len(logits) == 1 else bool(largest.isfinite().all())
+    if not finite:
+        row = int((~largest.isfinite()).nonzero()[0, 0])
         raise InputError(
             f"the logits of row {row} are no distribution: their largest is {largest[row].item()}; the model "
             "has diverged or a mask leaves nothing to draw"
         )
+    return largest
 
 
 def _uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
@@ -231,7 +235,8 @@ def _uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] |
         return torch.rand(rows, dtype=torch.float64, generator=generator)
     if len(generator) != rows:
         raise InputError(f"got {len(generator)} generators for {rows} rows: give one for each, or a single one")
-    return torch.cat([torch.rand(1, dtype=torch.float64, generator=own) for own in generator])
+    drawn = [torch.rand(1, dtype=torch.float64, generator=own) for own in generator]
+    return torch.cat(drawn) if len(drawn) > 1 else drawn[0]
 
 
 def _inverse(probabilities: Float64[Tensor, "B V"], uniform: Float64[Tensor, " B"]) -> Int64[Tensor, " B"]:

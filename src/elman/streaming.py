@@ -30,9 +30,10 @@ class Stream:
             y = stream(x)         # (B, …)
 
     On a CPU the whole step is one kernel, bound to memory of its own with its weights packed: nothing is traced, and
-    but for the copy of y nothing is allocated from the second step on. What has no kernel runs as it is written, which
-    is said once. Weights and constants are read at the first step, and at the first after ``reset``. One stream serves
-    one thread at a time. A copy (``copy.deepcopy``, ``pickle``) goes on from the state, in memory of its own.
+    but for the copy of y, and what the step draws, nothing is allocated from the second step on. What has no kernel
+    runs as it is written, which is said once. Weights and constants are read at the first step, and at the first after
+    ``reset``. One stream serves one thread at a time. A copy (``copy.deepcopy``, ``pickle``) goes on from the state, in
+    memory of its own.
 
     Args:
         cell: what ``scan`` takes. In training mode its dropout draws anew at every step.

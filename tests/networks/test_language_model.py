@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from elman.combinators import Stack
+from elman.decode import Sampler, generate, score
 from elman.errors import InputError
 from elman.networks import LanguageModel
 from elman.spec import make_cell
@@ -100,3 +101,32 @@ def test_a_cell_that_reads_another_width() -> None:
 def test_what_is_no_tokens(given: torch.Tensor) -> None:
     with pytest.raises(InputError, match=r"reads tokens, integers \(T, B\) below 11; got \(4"):
         build()(given)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_its_streamed_step_is_its_step(tie: bool, training: bool, tokens: torch.Tensor) -> None:
+    model = build("gru", tie=tie).double().train(training)
+    state, stream, streamed = model.initial_state(BATCH), None, model.streamed()
+    for token in tokens:
+        expected, state = model.step(token, state)
+        logits, stream = streamed(token, stream)
+        torch.testing.assert_close(logits, expected.detach(), rtol=1e-10, atol=1e-10)
+        assert not logits.requires_grad
+    assert stream is not None
+    torch.testing.assert_close(pytree.tree_leaves(stream.state), [s.detach() for s in pytree.tree_leaves(state)])
+
+
+def test_it_draws_the_same_symbols_streamed() -> None:
+    model = build("lstm").eval()
+
+    def step(ids: torch.Tensor, state: object) -> tuple[torch.Tensor, object]:
+        return model.step(ids, model.initial_state(len(ids)) if state is None else state)
+
+    drawn = [
+        torch.stack([*generate(way, [3, 1], 60, Sampler(top_p=0.9), n=2, generator=torch.Generator().manual_seed(5))])
+        for way in (step, model.streamed())
+    ]
+    assert torch.equal(*drawn)
+    ids = drawn[0][:, 0]
+    assert score(model.streamed(), ids) == pytest.approx(score(step, ids), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Unpack
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from ..combinators import input_size, output_size, start, step
 from ..errors import CellError, InputError
+from ..streaming import Stream
 from ..types import State
 from ..unfold import scan
 from .unfolding import Unfolding
@@ -87,6 +89,22 @@ class LanguageModel(nn.Module):
         """One symbol for each sequence, (B,), and the state → logits (B, V) and the next state."""
         h, state = step(self.cell, self.dropout_input(self.embedding(token)), state)
         return self.logits(self.dropout_output(h)), state
+
+    def streamed(self) -> Callable[[Tensor, Stream | None], tuple[Tensor, Stream]]:
+        """``step`` for ``decode``, without gradients: the state that it hands on is a ``Stream`` of the cell.
+
+        Ids (B,), and None for the first ones → logits (B, V) and the stream. So a state goes on once.
+        """
+
+        @torch.no_grad()
+        def step(ids: Tensor, stream: Stream | None) -> tuple[Tensor, Stream]:
+            if stream is None:
+                stream = Stream(self.cell, self.initial_state(len(ids)), copy=False)
+            if not self.training:  # the same, but for the time that calling three modules takes
+                return self.logits(stream(F.embedding(ids, self.embedding.weight))), stream
+            return self.logits(self.dropout_output(stream(self.dropout_input(self.embedding(ids))))), stream
+
+        return step
 
     def logits(self, h: Tensor) -> Tensor:
         """Outputs of the cell (…, H), after dropout → logits (…, V)."""

@@ -340,9 +340,10 @@ def closed_step(model: LanguageModel, tokenizer: Tokenizer) -> Any:
     The state that it hands on is a stream, so a state goes on once.
     """
 
+    streamed = model.streamed()
+
     def step(ids: Tensor, stream: Stream | None) -> tuple[Tensor, Stream]:
-        stream = stream or Stream(model.cell, model.initial_state(len(ids)), copy=False)
-        logits = model.logits(model.dropout_output(stream(model.dropout_input(model.embedding(ids)))))
+        logits, stream = streamed(ids, stream)
         if tokenizer.kind == "char":
             logits[:, 0] = -math.inf
         return logits, stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -21,8 +22,6 @@ __all__ = ["Resident", "whole"]
 
 def whole(step: Step) -> Kernel:
     """The kernel of all of a step, products of its inputs included. Raises UnsupportedError where there is none."""
-    if step.draws:
-        raise UnsupportedError("the step draws random numbers; cell.eval() turns dropout off.")
     stored = dict.fromkeys(y for y in step.ys if y is not None)
     if any(rows_of_node(node) != (0, 1) for node in stored):
         raise UnsupportedError("an output whose rows are not those of the batch.")
@@ -34,7 +33,8 @@ def whole(step: Step) -> Kernel:
 class Resident:
     """A step with its packed weights, its state and its output in memory of its own.
 
-    ``run`` reads ``xs`` (B, …), replaces the state and overwrites ``ys`` (B, …); ``state`` gives what it is now.
+    ``run`` reads ``xs`` (B, …), draws what the step draws, replaces the state and overwrites ``ys`` (B, …); ``state``
+    gives what it is now.
     """
 
     def __init__(
@@ -43,7 +43,10 @@ class Resident:
         self.xs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
         self._state = [s.clone(memory_format=torch.contiguous_format) for s in state]
         batch = len(self.xs[0])
-        given = dict(zip([*step.xs, *step.state, *step.weights], [*self.xs, *self._state, *weights], strict=True))
+        # The room of each draw, and what draws it, in the order in which the step would.
+        self._draws = [(_room(node, batch), partial(node.meta["draw"], batch)) for node in step.draws]
+        rooms = [*self.xs, *(room for room, _ in self._draws), *self._state, *weights]
+        given = dict(zip([*step.xs, *step.draws, *step.state, *step.weights], rooms, strict=True))
         inputs = [_rows_first(given[node], node, step.unit, batch) for node in kernel.outside]
         # What is not packed is read at every step: a copy, for the user may replace the weights, or their memory.
         read = {b.number for item in kernel.lowered.items for b in buffers_of(item) if b.role == "input"}
@@ -65,6 +68,8 @@ class Resident:
     def run(self) -> None:
         """One step."""
         bound, done = self.bound, self.done
+        for room, draw in self._draws:
+            room.copy_(draw())
         for place, address, size in self._moving:
             bound.words[place] = address - done * size
         bound.run(done, done + 1)
