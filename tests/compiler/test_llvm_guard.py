@@ -18,6 +18,7 @@ import pytest
 import torch
 from guard_pages import Pages, guarded
 from llvmcells import ALL_MACHINE_CODE, KINDS, SIZES, assert_single, expected_single, given, made
+from overtime_cells import CELLS, hurried
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -108,6 +109,15 @@ def of_zoo(name: str) -> None:
     check(zoo(name), inputs(zoo(name), STEPS, BATCH), lengths=LENGTHS)
 
 
+def of_time(name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        hurried(patch)
+        patch.setattr(torch, "get_num_threads", lambda: 3)
+        for dtype in (torch.float32, torch.float64):
+            cell = CELLS[name](17).to(dtype)
+            check(cell, given(cell, 50, 3, 17, dtype), lengths=[31, 50, 0], reverse=True)
+
+
 def of_size(kind: str, steps: int, batch: int, d: int, h: int) -> None:
     for dtype in (torch.float32, torch.float64):
         cell = made(kind, d, h, dtype)
@@ -132,3 +142,8 @@ def test_cell_of_the_zoo(apart: Apart, name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_size_that_is_not_even(apart: Apart, kind: str, size: tuple[int, int, int, int]) -> None:
     apart(of_size, kind, *size)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_loop_that_is_shared_over_time(apart: Apart, name: str) -> None:
+    apart(of_time, name)

@@ -33,12 +33,16 @@ from .entry import barrier, exported
 from .isa import Isa
 from .items import Access, Buffer, Contract, Item, Lowered, Product
 from .memory import BYTES
+from .overtime import over_time
+from .piecewise import passes
 from .product import pack, packed_bytes, panels, product
 from .rowcode import RowCode, divides, least, share
 
-__all__ = ["WORDS", "generate", "packed_sizes"]
+__all__ = ["WORDS", "Generator", "generate", "packed_sizes"]
 
-WORDS = ("first", "last", "steps", "batch", "reverse", "sizes", "offsets", "barrier", "units")
+WORDS = (
+    "first", "last", "steps", "batch", "reverse", "sizes", "offsets", "barrier", "units", "block", "area", "private",
+)  # fmt: skip
 """What the words of the arguments are; after them two for each buffer, its address and the bytes from row to row, and
 four for each product: where its packed weight is to stand, the weight, its bytes from k to k and from column to
 column."""
@@ -59,23 +63,27 @@ def _kind_of(item: Product) -> ir.Type:
 
 def generate(lowered: Lowered, isa: Isa) -> ir.Module:
     """Write the module of a loop."""
-    return _Generator(lowered, isa).run()
+    return Generator(lowered, isa).run()
 
 
 def _chunk_bytes(item: Product, isa: Isa) -> int:
     return packed_bytes(item.k, item.chunk, isa, _kind_of(item))
 
 
-class _Generator:
+class Generator:
+    """The writer of a module; ``word`` says where the words of every buffer begin, ``words`` how many there are."""
+
     def __init__(self, lowered: Lowered, isa: Isa) -> None:
         self.lowered, self.isa = lowered, isa
         self.module = ir.Module("loop")
         self.products = [item for item in lowered.items if isinstance(item, Product)]
         self.word = {buffer: len(WORDS) + 2 * i for i, buffer in enumerate(lowered.buffers)}
         self.packed_at = len(WORDS) + 2 * len(lowered.buffers)
+        self.words = self.packed_at + 4 * len(self.products)
 
     def run(self) -> ir.Module:
-        functions = [self._item(i, item) for i, item in enumerate(self.lowered.items)]
+        items = self.lowered.items
+        functions = [self.item(f"{type(item).__name__.lower()}{i}", item) for i, item in enumerate(items)]
         exported(self._loop(functions), "loop", self.isa)
         return self.module
 
@@ -96,27 +104,33 @@ class _Generator:
 
     # -- the loop over the steps --------------------------------------------------------------------------------
 
+    def named(self, b: ir.IRBuilder, words: ir.Value) -> dict[str, ir.Value]:
+        """The words of the arguments by name."""
+        return {name: load(b, at(b, words, 8 * i), I64) for i, name in enumerate(WORDS)}
+
     def _loop(self, functions: Sequence[Callable[..., None]]) -> ir.Function:
         f = function(self.module, "steps", VOID, [PTR, I64, I64])
         words, thread, threads = f.args
         b = ir.IRBuilder(f.append_basic_block("entry"))
-        word = {name: load(b, at(b, words, 8 * i), I64) for i, name in enumerate(WORDS)}
+        word = self.named(b, words)
         meet = barrier(self.module, self.isa)
         meeting = b.inttoptr(word["barrier"], PTR)
         zero, one = constant(I64, 0), constant(I64, 1)
         by_units = b.icmp_signed("!=", word["units"], zero)
         ragged = b.icmp_signed("!=", word["sizes"], zero)
         together = b.and_(b.or_(by_units, ragged), b.icmp_signed(">", threads, one))
-        reverse = b.icmp_signed("!=", word["reverse"], zero)
+        if (affine := passes(self.lowered)) is not None:
+            over = b.icmp_signed("!=", word["block"], zero)
+            with b.if_then(b.and_(over, b.icmp_signed(">", threads, one))):
+                b.call(over_time(self, affine, functions[0]), [words, thread, threads])
+                b.ret_void()
         if self.products:
             with b.if_then(b.icmp_signed("==", word["first"], zero)):
                 self._pack(b, words, thread, threads)
                 with b.if_then(b.icmp_signed(">", threads, one)):
                     b.call(meet, [meeting, threads])
         with counted(b, word["first"], word["last"], 1, "step") as index:
-            back = b.sub(b.sub(word["steps"], one), index)
-            t = b.select(reverse, back, index)
-            rows, offset = self._rows_of_step(b, word, ragged, t)
+            rows, offset = self.rows_of(b, word, index)
             first, last = share(b, rows, thread, threads)
             self._items(
                 b, functions, words, (index, offset), (first, last), rows, thread, threads, by_units, meet, meeting
@@ -126,10 +140,12 @@ class _Generator:
         b.ret_void()
         return f
 
-    def _rows_of_step(
-        self, b: ir.IRBuilder, word: dict[str, ir.Value], ragged: ir.Value, t: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
-        """How many rows a step has, and how many come before it."""
+    def rows_of(self, b: ir.IRBuilder, word: dict[str, ir.Value], index: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """How many rows a step has, and how many come before it, by its number in the order in which steps are done."""
+        zero, one = constant(I64, 0), constant(I64, 1)
+        ragged = b.icmp_signed("!=", word["sizes"], zero)
+        back = b.sub(b.sub(word["steps"], one), index)
+        t = b.select(b.icmp_signed("!=", word["reverse"], zero), back, index)
         start = b.mul(t, word["batch"])
         before = b.block
         with b.if_then(ragged):
@@ -182,10 +198,9 @@ class _Generator:
 
     # -- items --------------------------------------------------------------------------------------------------
 
-    def _item(self, number: int, item: Item) -> Callable[..., None]:
+    def item(self, name: str, item: Item) -> Callable[..., None]:
         """A function ``void(words, steps and rows before, first row, last, part, parts, thread)``; how to call it."""
-        kind = type(item).__name__.lower()
-        f = function(self.module, f"{kind}{number}", VOID, [PTR, I64, I64, I64, I64, I64, I64, I64])
+        f = function(self.module, name, VOID, [PTR, I64, I64, I64, I64, I64, I64, I64])
         f.linkage = "internal"
         f.attributes.add("noinline")
         b = ir.IRBuilder(f.append_basic_block("entry"))

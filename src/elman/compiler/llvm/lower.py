@@ -6,6 +6,7 @@ another map or a product reads has a place in memory. Views and concatenations a
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence, Set
 from typing import Any
@@ -18,7 +19,7 @@ from ..step import arguments, location
 from . import pointwise
 from .body import Body
 from .ends import Ends
-from .items import Access, Buffer, Chosen, Contract, Item, Lowered, Op, Product, buffers_of
+from .items import Access, Buffer, Chosen, Contract, Item, Lowered, Map, Op, Product, buffers_of
 from .products import Products
 from .values import DTYPES, Value
 
@@ -202,12 +203,29 @@ class _Lowering(Products, Ends):
         return index, len(ops) - 1
 
     def _row_sum(self, node: fx.Node, source: fx.Node) -> None:
-        """A sum over the rows of all steps."""
-        index, register = self._register(source)
+        """A sum over the rows of all steps; of values that were joined, that of each where it is computed."""
+        parts = self._parts(source)
+        if not parts:
+            index, register = self._register(source)
+            parts = [(index, register, 0, self.own_strides(self.map_at(index).shape))]
         buffer = self.new_buffer(node.name, "thread", node.meta["val"])
         buffer.role, buffer.number = "sum", -1
-        self.map_at(index).sums.append((register, Access(buffer, 0, self.own_strides(self.map_at(index).shape))))
-        self.values[node] = Value(self.canonical(node.meta["val"]), index + 1, buffer)
+        for index, register, offset, strides in parts:
+            self.map_at(index).sums.append((register, Access(buffer, offset, strides)))
+        self.values[node] = Value(self.canonical(node.meta["val"]), max(part[0] for part in parts) + 1, buffer)
+
+    def _parts(self, source: fx.Node) -> list[tuple[int, int, int, tuple[int, ...]]]:
+        """Of all of a value in memory that maps have written: which map has which part in which register, and where."""
+        value, view = self.resolve(source)
+        shape = self.shape_of(view)
+        if value.map is not None or self.normal(view, self.rows(view)) != (0, shape, self.own_strides(shape)):
+            return []
+        maps = [(i, item) for i, item in enumerate(self.items) if isinstance(item, Map)]
+        found = [(i, item, *store) for i, item in maps for store in item.stores if store[1].buffer is value.buffer]
+        whole = sum(math.prod(item.shape) for _, item, _, _ in found)
+        if value.buffer is None or whole != value.buffer.row:
+            return []
+        return [(i, register, access.offset, access.strides) for i, _, register, access in found]
 
     def _arange(self, node: fx.Node) -> None:
         """Whole numbers, evenly apart along the features."""

@@ -33,7 +33,7 @@ from .items import Access, Buffer, Chosen, Contract, Item, Map, Op, Product, rea
 from .memory import BYTES, HELD, KINDS, from_memory, to_memory
 from .product import panels
 
-__all__ = ["RowCode", "divides", "least", "share"]
+__all__ = ["RowCode", "across", "divides", "least", "share"]
 
 Place = Callable[[ir.IRBuilder, Access], tuple[ir.Value, ir.Value]]
 """Gives where the numbers of an access begin in the first row, and the bytes from row to row."""
@@ -80,7 +80,7 @@ class RowCode:
                 self._dimension(item, rows, [*index, i])
         if sums is not None:
             for place, (_, kind, access) in zip(sums, item.reductions, strict=True):
-                total = _across(b, b.load(place, typ=self._vector(access.buffer.dtype)), kind)
+                total = across(b, b.load(place, typ=self._vector(access.buffer.dtype)), kind)
                 self._store(total, self._place(access, rows[access.buffer], index[:outer]), access.buffer.dtype)
 
     def _sum(self, kind: str, access: Access) -> ir.Value:
@@ -309,7 +309,7 @@ class RowCode:
         if form == "kept":
             self._store(total, where, dtype, rest)
         else:
-            self._store(_across(b, total, item.kind) if self.lanes > 1 else total, where, dtype)
+            self._store(across(b, total, item.kind) if self.lanes > 1 else total, where, dtype)
 
     def _argmax(self, item: Contract, rows: dict[Buffer, ir.Value], index: list[ir.Value]) -> None:
         """Which number is the largest, the first of equals; NaN is larger than all."""
@@ -376,7 +376,7 @@ def _combine(b: ir.IRBuilder, kind: str, total: ir.Value, value: ir.Value) -> ir
     return b.select(keep, total, b.select(further, value, total))
 
 
-def _across(b: ir.IRBuilder, value: ir.Value, kind: str) -> ir.Value:
+def across(b: ir.IRBuilder, value: ir.Value, kind: str) -> ir.Value:
     """The lanes of a vector as one number, by halves."""
     lanes = value.type.count if isinstance(value.type, ir.VectorType) else 1
     while lanes > 1:
