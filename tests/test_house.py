@@ -92,6 +92,7 @@ STAGES = [
     "recording drawn packing protocol",
     "compiler",
     "unfold",
+    "directions",
     "explaining paths streaming",
     "init cells combinators spec layers bptt penalties",
     "networks",

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .cells import ElmanCell, GatedCell, GRUCell, LSTMCell
 from .combinators import Stack
+from .directions import side_by_side
 from .errors import InputError
 from .packing import Rows, rows_of
 from .unfold import unfold
+
+if TYPE_CHECKING:
+    from .compiler.autograd import Run
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -190,23 +194,31 @@ def _unfold_layers(layer: _Unfolded, xs: Tensor, rows: Rows, hx: Any) -> tuple[T
     for depths in layer._groups():
         if depths.start and layer.dropout and layer.training:
             xs = F.dropout(xs, layer.dropout)
-        stack, alone = layer._stack(depths, layer.training), len(depths) == 1
-        ys = []
-        for direction in range(directions):
-            at = [depth * directions + direction for depth in depths]
-            own = {
-                ("" if alone else f"cells.{place}.") + name.rpartition("_l")[0]: weights[name]
-                for place, index in enumerate(at)
-                for name in layer._all_weights[index]
-            }
-            state = tuple(initial[index] if pair else initial[index][0] for index in at)
-            y, final = unfold(stack, rows, xs, state[0] if alone else state, reverse=direction == 1, parameters=own)
-            ys.append(y.to(lower or xs.dtype))
-            for index, leaves in zip(at, (final,) if alone else final, strict=True):
+        ats = [[depth * directions + direction for depth in depths] for direction in range(directions)]
+        runs = [_unfolding(layer, depths, at, rows, xs, initial, weights) for at in ats]
+        found = [runs[0](None)] if directions == 1 else side_by_side(*runs)
+        ys = [y.to(lower or xs.dtype) for y, _ in found]
+        for at, (_, final) in zip(ats, found, strict=True):
+            for index, leaves in zip(at, (final,) if len(depths) == 1 else final, strict=True):
                 finals[index] = leaves if pair else (leaves,)
         xs = ys[0] if directions == 1 else torch.cat(ys, -1)
     last = tuple(torch.stack(leaves).to(lower or leaves[0].dtype) for leaves in zip(*finals, strict=True))
     return xs, last if pair else last[0]
+
+
+def _unfolding(
+    layer: _Unfolded, depths: range, at: list[int], rows: Rows, xs: Tensor, initial: list[Any], weights: dict[str, Any]
+) -> Callable[[Run | None], Any]:
+    """Unfolds the layers of some depths in one direction, which are ``at`` those places among all, by what is given."""
+    stack, alone = layer._stack(depths, layer.training), len(depths) == 1
+    own = {
+        ("" if alone else f"cells.{place}.") + name.rpartition("_l")[0]: weights[name]
+        for place, index in enumerate(at)
+        for name in layer._all_weights[index]
+    }
+    states = tuple(initial[index] if isinstance(layer, nn.LSTM) else initial[index][0] for index in at)
+    state, reverse = states[0] if alone else states, layer.bidirectional and at[0] % 2 == 1
+    return lambda run: unfold(stack, rows, xs, state, reverse=reverse, parameters=own, _run=run)
 
 
 def _weights(layer: _Unfolded) -> dict[str, Any]:

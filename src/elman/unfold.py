@@ -31,9 +31,10 @@ from .protocol import MACHINE, MISTAKES, Protocol, Tree, start, written
 from .types import Pytree, State
 
 if TYPE_CHECKING:
+    from .compiler.autograd import Run
     from .compiler.compiled import Compiled
 
-__all__ = ["BACKENDS", "Recording", "prepare", "scan", "unfold"]
+__all__ = ["BACKENDS", "Recording", "prepare", "scan", "scan_by", "unfold"]
 
 BACKENDS = ("auto", "reference", "interpret", "llvm")
 
@@ -118,6 +119,21 @@ def scan(
     a call under torch.func transforms, and a single step, which is the step itself.
     Source: Goodfellow, Bengio, Courville, Deep Learning (2016), section 10.1, equation 10.5.
     """
+    return scan_by(None, cell, xs, state, constants, lengths, reverse, record, remat=remat, backend=backend)
+
+
+def scan_by(
+    run: Run | None,
+    cell: nn.Module,
+    xs: Pytree,
+    state: State,
+    constants: Pytree,
+    lengths: Tensor | list[int] | None,
+    reverse: bool,
+    record: bool = False,
+    **options: Any,
+) -> Any:
+    """``scan`` with these arguments; where a program runs it, that is left to ``run``."""
     leaves, spec = ([xs], None) if isinstance(xs, Tensor) else pytree.tree_flatten(xs)
     steps, batch = extent(leaves)
     if _is_fake(leaves[0]) and lengths is None and not record:
@@ -141,10 +157,10 @@ def scan(
         state,
         constants=constants,
         reverse=reverse,
-        remat=remat,
         record=record,
-        backend=backend,
         _lengths=in_graph_lengths,
+        _run=run,
+        **options,
     )
     ys = rows.unpack(ys) if isinstance(ys, Tensor) else pytree.tree_map_only(Tensor, rows.unpack, ys)
     if rows.order is not None:
@@ -180,6 +196,7 @@ def unfold(
     backend: str = "auto",
     parameters: Mapping[str, Tensor] | None = None,
     _lengths: Tensor | None = None,
+    _run: Run | None = None,
 ) -> Any:
     """``scan`` over rows that are packed already: xs leaves (N, …), state and constants (B, …), longest first.
 
@@ -210,7 +227,7 @@ def unfold(
     try:
         program = cache.program_of(protocol, signature)
         kernels = backend != "interpret" and protocol.xs.leaves[0].device.type == "cpu"
-        return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat, kernels)
+        return _by_program(program, protocol, rows, [*own.values(), *constant_leaves], reverse, remat, kernels, _run)
     except (UsageError, UnfoldError, RuntimeError, IndexError) as error:
         failed = error  # handled outside: what the user's step raises shall not have this as its context
     try:
@@ -424,6 +441,7 @@ def _by_program(
     reverse: bool,
     remat: int | str | None,
     kernels: bool,
+    by: Run | None,
 ) -> Any:
     from .compiler.autograd import Call, chunk_length, run
 
@@ -435,7 +453,7 @@ def _by_program(
     xs = [*xs, *(h for h in handles if h.is_floating_point())]
     counts = (len(xs), len(state), len(weights), len(draws))
     call = Call(program, rows, reverse, chunk_length(remat, rows.steps, rows.batch), counts, device, kernels)
-    ys, final = run(call, [*xs, *state, *weights, *draws])
+    ys, final = (by or run)(call, [*xs, *state, *weights, *draws])
     n = len(program.y.leaves)
     result = (program.y.rebuild(ys[:n]), protocol.state.rebuild(final))
     if not protocol.record:
@@ -478,4 +496,4 @@ def _warn_once(protocol: Protocol, error: Exception) -> None:
         text += " Note that xs without features are (T, B); (T, D) needs its batch dimension, xs.unsqueeze(1)."
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, UnfoldWarning, stacklevel=4)
+        warnings.warn(text, UnfoldWarning, stacklevel=5)

@@ -69,8 +69,8 @@ def watchdog() -> Iterator[None]:
 def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the threads of OpenMP, and where there is no such library."""
     if request.param == "own":
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
-    elif threads._openmp() is None:
+        monkeypatch.setattr(threads, "openmp", lambda: None)
+    elif threads.openmp() is None:
         pytest.skip("PyTorch runs without OpenMP here")
     monkeypatch.setattr(threads, "_launch", None)
     monkeypatch.setattr(threads, "_library", None)
@@ -148,7 +148,7 @@ def test_every_thread_runs_once_and_knows_the_true_number(asked: int, pool: str)
 def test_the_threads_of_torch_are_found_where_it_has_any() -> None:
     if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[-1].split("\n")[0]:
         pytest.skip("PyTorch runs without OpenMP here")
-    assert threads._openmp() is not None
+    assert threads.openmp() is not None
 
 
 def test_torch_itself_runs_in_between(pool: str) -> None:
@@ -160,7 +160,7 @@ def test_torch_itself_runs_in_between(pool: str) -> None:
 
 
 def test_a_call_from_within_a_parallel_region_runs_inline() -> None:
-    if threads._openmp() is None:
+    if threads.openmp() is None:
         pytest.skip("PyTorch runs without OpenMP here")
     launch = threads._prepared()
     assert threads._library is not None

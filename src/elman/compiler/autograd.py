@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,19 @@ from .step import batch_multiple
 
 _PIECE = 2048  # rows: enough for a product to run at full speed
 
-__all__ = ["Call", "chunk_length", "needs_of", "run"]
+__all__ = [
+    "Call",
+    "Run",
+    "Unfold",
+    "chunk_length",
+    "differentiable_backward",
+    "kept_for",
+    "needs_of",
+    "rule_of",
+    "run",
+    "run_backward",
+    "run_forward",
+]
 
 
 @dataclass
@@ -64,7 +77,15 @@ class Call:
 
     def play(self, runner: Runner, rows: Rows, reverse: bool, *parts: list[Tensor]) -> Any:
         """Run generated code over some of the rows."""
+        if self.kernels:
+            from .llvm import replay  # there is machine code, so it is loaded
+
+            return replay.run(runner, rows, reverse, *parts)
         return graphed.run(runner, self.device, rows, reverse, *parts)
+
+
+Run = Callable[[Call, list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+"""What gives (ys, final state) of a call: ``run``, or what decides when it runs."""
 
 
 def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -75,13 +96,24 @@ def run(call: Call, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         flat = Unfold.apply(call, *tensors)
     else:
-        ys, final, _, _ = _run_forward(call, None, call.parts(tensors))
+        ys, final, _, _ = run_forward(call, None, call.parts(tensors))
         flat = apart([*ys, *final], tensors)
     count = len(call.compiled.step.ys)
     return list(flat[:count]), list(flat[count:])
 
 
-def _run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:
+def rule_of(call: Call, needs: Sequence[bool]) -> Differentiated:
+    """The derivative of a call with respect to the tensors that need one."""
+    xs, state, weights, _ = call.counts
+    return call.compiled.derivative(tuple(needs[:xs]), tuple(needs[xs + state : xs + state + weights]))
+
+
+def kept_for(rule: Differentiated, kept: dict[str, Tensor]) -> list[Tensor]:
+    """What the forward pass keeps, in the order in which the backward pass reads it."""
+    return [kept[name] for kind, name in rule.rule.reads if kind == "kept"]
+
+
+def run_forward(call: Call, rule: Differentiated | None, parts: Any) -> Any:
     """All chunks forward. Returns (ys, final, kept, states at the start of every chunk)."""
     xs, state, weights, draws = parts
     whole = rule is not None and call.chunk is None
@@ -112,15 +144,12 @@ class Unfold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Any, ...]:
-        xs, state, weights, _ = parts = call.parts(tensors)
-        needs = ctx.needs_input_grad[1:]
-        a, b = len(xs), len(xs) + len(state)
-        rule = call.compiled.derivative(tuple(needs[:a]), tuple(needs[b : b + len(weights)]))
-        ys, final, kept, starts = _run_forward(call, rule, parts)
+        rule = rule_of(call, ctx.needs_input_grad[1:])
+        ys, final, kept, starts = run_forward(call, rule, call.parts(tensors))
         fresh = apart([*ys, *final], tensors)
         ctx.call, ctx.rule = call, rule
         ctx.starts = len(starts)
-        extra = [] if call.chunk else [kept[name] for kind, name in rule.rule.reads if kind == "kept"]
+        extra = [] if call.chunk else kept_for(rule, kept)
         ctx.extra = len(extra)
         ctx.save_for_backward(*tensors, *extra, *(s for start in starts[1:] for s in start))
         ctx.mark_non_differentiable(*(o for o in fresh if not o.is_floating_point()))
@@ -137,9 +166,9 @@ class Unfold(torch.autograd.Function):
         saved = ctx.saved_tensors
         count = sum(call.counts)
         if torch.is_grad_enabled():
-            return (None, *_differentiable_backward(call, ctx.needs_input_grad[1:], saved[:count], grads))
+            return (None, *differentiable_backward(call, ctx.needs_input_grad[1:], saved[:count], grads))
         extra, starts = saved[count : count + ctx.extra], saved[count + ctx.extra :]
-        return (None, *_run_backward(call, ctx.rule, saved[:count], extra, starts, grads))
+        return (None, *run_backward(call, ctx.rule, saved[:count], extra, starts, grads))
 
     @staticmethod
     def jvp(ctx: Any, *grads: Tensor) -> Any:
@@ -149,7 +178,7 @@ class Unfold(torch.autograd.Function):
         )
 
 
-def _run_backward(
+def run_backward(
     call: Call,
     rule: Differentiated,
     tensors: tuple[Tensor, ...],
@@ -199,7 +228,7 @@ def _run_backward(
     return [None if g is None else next(found) for g in result]
 
 
-def _differentiable_backward(call: Call, needs: Any, tensors: Any, grads: Any) -> list[Tensor | None]:
+def differentiable_backward(call: Call, needs: Any, tensors: Any, grads: Any) -> list[Tensor | None]:
     """The gradients as differentiable functions: the plain loop, differentiated by autograd with create_graph."""
     with torch.enable_grad():
         # Views, for one of them may have been computed from another, and that way is not part of this gradient.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..combinators.nested import output_size, said
+from ..directions import scan_both
 from ..errors import CellError, OptionError, StateError
 from ..types import Pytree, State
-from ..unfold import scan
 from .unfolding import Unfolding
 
 __all__ = ["MERGES", "Bidirectional"]
@@ -89,9 +89,8 @@ class Bidirectional(nn.Module):
                 "Bidirectional starts from a pair of states, (of the forward cell, of the backward cell), each of them "
                 f"what that cell carries, or None; got a {type(state).__name__}."
             )
-        s, r = (None, None) if state is None else state
-        h, s = scan(self.forward_cell, xs, s, constants=constants, lengths=lengths, **options)
-        g, r = scan(self.backward_cell, xs, r, constants=constants, lengths=lengths, reverse=True, **options)
+        cells, begun = (self.forward_cell, self.backward_cell), (None, None) if state is None else tuple(state)
+        (h, s), (g, r) = scan_both(*cells, xs, begun, constants=constants, lengths=lengths, **options)
         if not isinstance(self.merge, str):
             return self.merge(h, g), (s, r)
         self._check([y.shape[-1] for y in (h, g)])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ...errors import UnsupportedError
 from . import engine
 from .isa import host
 
-__all__ = ["count", "run"]
+__all__ = ["Abandoned", "count", "ends_with", "openmp", "run"]
 
 Launch = Callable[[int, Any, int], None]
 
@@ -143,6 +144,29 @@ _launch: Launch | None = None
 _forked = False
 
 
+class Abandoned(Exception):
+    """What runs at the same time as this thread has failed."""
+
+
+class _Here(threading.local):
+    """What a thread has to look at before it runs more."""
+
+    failed: list[BaseException] | tuple[()] = ()
+
+
+_here = _Here()
+
+
+@contextmanager
+def ends_with(failed: list[BaseException]) -> Iterator[None]:
+    """Inside, ``run`` raises Abandoned on this thread as soon as there is something in a list that others write to."""
+    _here.failed = failed
+    try:
+        yield
+    finally:
+        _here.failed = ()
+
+
 def count() -> int:
     """How many threads to ask for: PyTorch's number; one in a process that was forked off another."""
     return 1 if _forked else torch.get_num_threads()
@@ -155,8 +179,10 @@ def run(address: int, args: Any, threads: int) -> None:
     which may be fewer: one inside a parallel region, and one in a forked process, where the threads of the parent are
     not. Returns when all are done. Several threads of Python may call it at the same time.
 
-    Raises UnsupportedError on a processor that machine code is not made for.
+    Raises UnsupportedError on a processor that machine code is not made for, and Abandoned (see ``ends_with``).
     """
+    if _here.failed:
+        raise Abandoned
     (_launch or _prepared())(address, args, 1 if _forked else threads)
 
 
@@ -168,20 +194,20 @@ def _prepared() -> Launch:
             isa = host()
             if isa is None:
                 raise UnsupportedError("there is no machine code for this processor; use another backend.")
-            openmp = _openmp()
-            _library = engine.load(_OPENMP if openmp else _PTHREADS, isa, symbols=openmp)
+            found = openmp()
+            _library = engine.load(_OPENMP if found else _PTHREADS, isa, symbols=found)
             kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
             _launch = kind(_library.address("launch"))
     return _launch
 
 
-def _openmp() -> dict[str, int] | None:
+def openmp() -> dict[str, int] | None:
     """The addresses of the OpenMP library that PyTorch runs on, None where there is none that has them all.
 
     They are looked up as the system did for PyTorch: among the libraries open to all (one that was preloaded comes
     first), then among those that PyTorch's own needs.
     """
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_in_parallel")
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_in_parallel", "omp_set_num_threads")
     for path in (None, torch._C.__file__):
         try:
             library = ctypes.CDLL(path)
