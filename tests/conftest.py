@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ import torch  # noqa: E402  (the hook has to be in place before elman, and whate
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# Where tests are begun in the background the signal may be ignored, and every process that they start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tracing and writing kernels make so many objects that Python would look for unreachable ones a fifth of the time.
 gc.set_threshold(20_000)

@@ -39,7 +39,7 @@ class Differentiated:
         cache: dict[tuple[bool, bool], tuple[Runner, Runner]] = self.__dict__.setdefault("_runners", {})
         key = (ragged, kernels)
         if key not in cache:
-            with tracing():  # machine code is traced once more
+            with tracing():  # steps of machine code are recorded
                 cache[key] = cache.get(key) or (
                     _runner(self.forward, "forward", ragged, kernels),
                     _runner(self.adjoint, "backward", ragged, kernels),

@@ -7,8 +7,8 @@ what is not is written into one scratch buffer that all steps share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -29,11 +29,15 @@ MakeKernel = Callable[[Step, Loop, list[fx.Node], list[fx.Node]], Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runner:
-    """A generated function, with its source, and whether it has a loop over the steps."""
+    """A generated function, with its source, and whether it has a loop over the steps.
+
+    ``known`` is what its runs left for those like them (see ``llvm.replay``).
+    """
 
     function: Callable[..., Any]
     source: str
     loops: bool = False
+    known: dict[Hashable, Any] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from array import array
 from collections.abc import Sequence
@@ -16,14 +15,16 @@ from ...packing import Rows
 from ..independence import is_varying
 from ..program import Loop
 from ..step import Step
-from . import engine, threads
+from . import calls, engine, threads
 from .body import body_of
 from .entry import BARRIER_BYTES
-from .generate import generate, packed_sizes
+from .generate import WORDS, generate, packed_sizes
 from .inplace import Placed, place
 from .isa import Isa, chosen
 from .items import Buffer, Lowered, Map, Product, buffers_of
 from .lower import lower
+from .overtime import areas
+from .piecewise import passes
 from .rings import Rings
 from .scratch import LINE, Scratch, lined
 
@@ -34,6 +35,12 @@ _FLOATS = {torch.float32, torch.float64, torch.bfloat16}
 _WORK_OF_A_CALL = 2_000_000_000  # operations after which Python looks for an interrupt: some 20 milliseconds
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
 _WORK_TO_MEET = 100_000  # operations of a step that are worth meeting after it
+_BYTES_TO_SCAN = 5_000_000  # of an affine loop, some 60 microseconds, that are worth going through twice
+_BYTES_OF_A_SUM = 500_000  # as long as the sums of several threads take to be added
+_BYTES_OF_A_STEP = 500  # as long as a step takes that does nothing
+_FEWEST_STEPS = 64  # of a piece of time
+_NEAR_PIECE = 256_000  # bytes of it, that are still near the second time
+_ROWS_APART = 24_000  # bytes of a state, for each thread, above which sharing rows is better
 _NEAR = 1_200_000  # bytes of weights that stay near a core
 _FEW = 4  # rows of a thread below which sharing the units is better
 
@@ -62,9 +69,16 @@ class Kernel:
         self.packed = packed_sizes(lowered, isa)
         self.weights = {p.weight for p in self.products if isinstance(p.weight, Buffer)}
         self.weights = self.weights.difference(*map(buffers_of, lowered.items))
+        ends = len(WORDS) + 2 * len(lowered.buffers)
+        addresses = [
+            *range(len(WORDS), ends, 2),
+            *(ends + 4 * i + j for i in range(len(self.products)) for j in (0, 1)),
+        ]
+        self.pointers = (*(WORDS.index(name) for name in ("sizes", "offsets", "barrier", "private")), *addresses)
         self.sums = [b for b in lowered.buffers if b.role == "sum"]
         self.scratch = [_row_bytes(b) for b in lowered.buffers if b.role == "scratch"]
         self.rings = Rings(lowered.buffers)
+        self.affine = passes(lowered)
         maps = [item for item in lowered.items if isinstance(item, Map)]
         self.flops = sum(2 * p.k * p.n * p.times for p in self.products) + sum(
             10 * len(m.ops) * math.prod(m.shape) for m in maps
@@ -88,11 +102,26 @@ class Kernel:
         """How many threads run, and whether they share the units; the rows otherwise."""
         if self.flops * rows.total < _WORK_TO_SHARE or (count := threads.count()) == 1:
             return 1, False
+        if self.block(rows):
+            return count, False
         if rows.batch >= _FEW * count and sum(self.packed) <= _NEAR:
             return count, False
         if self.flops * rows.batch < _WORK_TO_MEET:
             return min(count, rows.batch), False
         return count, True
+
+    def block(self, rows: Rows) -> int:
+        """How many steps several threads take together that share an affine loop over time; none if they share rows."""
+        count, alone = threads.count(), _BYTES_TO_SCAN + _BYTES_OF_A_SUM * len(self.sums)
+        size = rows.batch * sum(b.row * b.dtype.itemsize for b in self.lowered.buffers if b.kind == "time")
+        short = rows.steps * (size + _BYTES_OF_A_STEP) < alone or rows.steps < _FEWEST_STEPS * (count + 1)
+        if self.affine is None or short:
+            return 0
+        states = rows.batch * _row_bytes(self.affine.states[0])
+        if rows.uniform and rows.batch >= _FEW * count and states >= _ROWS_APART * count:
+            return 0
+        steps = max(_NEAR_PIECE // max(size, 1), _FEWEST_STEPS) * (count + 1)
+        return -(-rows.steps // -(-rows.steps // steps))  # blocks of the same length
 
 
 class Bound:
@@ -106,19 +135,24 @@ class Bound:
     ) -> None:
         self.kernel, self.rows, self.reverse, self.inputs, self.outputs = kernel, rows, reverse, inputs, outputs
         self.count, self.units = kernel.sharing(rows)
+        self.block = self.area = private = 0
+        if kernel.affine is not None and self.count > 1 and (block := kernel.block(rows)):
+            self.block, self.area = block, _row_bytes(kernel.affine.states[0], rows.batch)
+            private = self.count * self.area * len(areas(kernel.affine))
         self.held: list[Tensor] = []  # alive until the call is over
         self.wide: list[tuple[Tensor, Tensor]] = []  # states, and what is carried in their place
         self.partial = self._partial()
         self.rings = kernel.rings.filled(rows, reverse, inputs)
         sizes = (rows.batch * size for size in kernel.scratch)
-        self.scratch = Scratch(BARRIER_BYTES, *sizes, *kernel.packed)
+        self.scratch = Scratch(BARRIER_BYTES, private, *sizes, *kernel.packed)
 
     def __enter__(self) -> Bound:
         kernel, rows, places = self.kernel, self.rows, self.scratch.__enter__()
         try:
-            meeting, *free = places[: len(places) - len(kernel.packed)]
-            ctypes.memset(meeting, 0, BARRIER_BYTES)
+            meeting, private, *free = places[: len(places) - len(kernel.packed)]
+            calls.clear(meeting, BARRIER_BYTES)
             words = [0, 0, rows.steps, rows.batch, self.reverse, 0, 0, meeting, self.units]
+            words += (self.block, self.area, private)
             if not rows.uniform:
                 words[5:7] = self._layout()
             slots = [
@@ -147,7 +181,9 @@ class Bound:
         self.read_states(self.rows)
         for buffer, sums in self.partial.items():
             out = self.outputs[buffer.number]
-            if sums is not out:
+            if out.dtype == buffer.dtype and sums is not out:
+                calls.together(out, sums)
+            elif sums is not out:
                 out.copy_(sums[:, : buffer.row].sum(0).view(out.shape))
 
     def read_states(self, rows: Rows) -> None:
@@ -158,8 +194,10 @@ class Bound:
 
     def run(self, first: int, last: int) -> None:
         """Run the steps from the first to below the last, counted in the order in which they are done."""
+        kernel = self.kernel
         self.words[0], self.words[1] = first, last
-        threads.run(self.kernel.address, self.words.buffer_info()[0], self.count)
+        work = kernel.flops * self.rows.batch * (last - first)
+        calls.call(kernel.address, self.words, kernel.pointers, self.count, work)
 
     def _partial(self) -> dict[Buffer, Tensor]:
         """Zeros for every thread to sum over its rows, whole cache lines; one thread has those of the result."""
@@ -273,6 +311,6 @@ def _neighbours(tensor: Tensor) -> bool:
     return True
 
 
-def _row_bytes(buffer: Buffer) -> int:
-    """Bytes from row to row of scratch: whole cache lines and one more, so that rows do not share a cache set."""
-    return lined(buffer.row * buffer.dtype.itemsize) + LINE
+def _row_bytes(buffer: Buffer, rows: int = 1) -> int:
+    """Bytes of rows of scratch: whole cache lines and one more, so that what lies side by side shares no cache set."""
+    return lined(rows * buffer.row * buffer.dtype.itemsize) + LINE

@@ -20,8 +20,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+from array import array
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from ...cachefolder import cache_directory
 from ...errors import InputError, OptionError, UnsupportedError
-from . import engine, threads
+from . import calls, engine, threads
 from .code import BF16, F32, F64, I64, PTR, VOID, at, counted, function, intrinsic, load
 from .entry import BARRIER_BYTES, barrier, exported
 from .isa import Isa, chosen
@@ -51,7 +52,7 @@ _PANELS = 8  # whose sums are rounded at a time
 _RIGHT_BYTES = 8 << 20  # of right in a block
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
 _FEW = 8  # columns or k below which torch.mm is faster, and half of the rows
-_LITTLE = 3 << 20  # multiplications below which the call itself weighs too much
+_LITTLE = 1 << 18  # multiplications below which the call itself weighs too much
 _FROM_SYSTEM = 32 << 20  # bytes from which on the C library keeps no memory for later
 _HUGE = 2 << 20  # bytes of a large page
 
@@ -61,6 +62,13 @@ _WORDS = (
     "right_stride", "rows", "k", "columns", "packed", "scratch", "scratch_bytes", "tile_stride", "by_panels", "meeting",
     "narrowed_stride", "sums", "sums_bytes",
 )  # fmt: skip
+
+
+_POINTERS = tuple(
+    i
+    for i, name in enumerate(_WORDS)
+    if name in ("out", "init", "left", "right", "packed", "scratch", "meeting", "sums")
+)
 
 
 def multiply(
@@ -228,7 +236,7 @@ def _code(form: _Form, isa: Isa) -> _Code:
         return _compiled(form, isa)
 
 
-@lru_cache(maxsize=16)
+@cache  # never dropped: who noted a call down has only its address
 def _compiled(form: _Form, isa: Isa) -> _Code:
     library = engine.load(
         lambda: _module(form, isa),
@@ -260,7 +268,7 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
     sums_bytes = together * _PANELS * vectors_of_tile * isa.bytes if form.rounds else 0
     sizes = BARRIER_BYTES + zero_bytes, right_bytes, left_bytes * count, sums_bytes * count
     with Scratch(*sizes) as [meeting, packed, kept_left, sums]:
-        ctypes.memset(meeting, 0, sizes[0])
+        calls.clear(meeting, sizes[0])
         zeros = meeting + BARRIER_BYTES
         strides = [stride * t.element_size() for t in (left, right) for stride in t.stride()]
         out_stride = out.stride(0) * item
@@ -280,7 +288,7 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
                     packed, kept_left, left_bytes, tile_stride, by_panels, meeting,
                     narrowed_stride, sums, sums_bytes,
                 )  # fmt: skip
-                threads.run(code.address, (ctypes.c_int64 * len(words))(*words), count)
+                calls.call(code.address, array("q", words), _POINTERS, count, 2.0 * words[10] * words[11] * words[12])
 
 
 def _of_left(left: Tensor, form: _Form, mode: Numeric, depth: int) -> tuple[int, int]:
@@ -310,8 +318,7 @@ def _module(form: _Form, isa: Isa) -> ir.Module:
     body = function(module, "block", VOID, [PTR, I64, I64])
     args, thread, total = body.args
     b = ir.IRBuilder(body.append_basic_block("entry"))
-    pointers = ("out", "init", "left", "right", "packed", "scratch", "meeting", "sums")
-    w = {name: load(b, at(b, args, 8 * i), PTR if name in pointers else I64) for i, name in enumerate(_WORDS)}
+    w = {name: load(b, at(b, args, 8 * i), PTR if i in _POINTERS else I64) for i, name in enumerate(_WORDS)}
     zero = I64(0)
     split = any_columns(b, isa, kind, w["columns"])
     first, last = _share(b, split.count, thread, total)

@@ -23,8 +23,10 @@ from llvmlite import ir
 
 from .code import (
     F32,
+    I32,
     I64,
     PTR,
+    VOID,
     at,
     constant,
     counted,
@@ -67,6 +69,9 @@ __all__ = [
 
 _CACHE = 24 * 1024
 """Bytes of a panel's block: half of a usual first-level cache, the rest is for the rows."""
+
+_PREFETCHING = 4
+"""Rows of a tile that leave time to ask for the next block of a panel; with fewer, reading it is all there is to do."""
 
 
 def depth_of(isa: Isa, kind: ir.Type = F32) -> int:
@@ -174,6 +179,9 @@ def micro_kernel(
         w = [
             mode.weights(b, at(b, here, (further * vectors + v) * isa.bytes), lanes, isa.bytes) for v in range(vectors)
         ]
+        if rows >= _PREFETCHING and not general:
+            for v in range(vectors):
+                _prefetch(b, at(b, at(b, here, ahead), (further * vectors + v) * isa.bytes))
         offset = b.mul(b.add(k, I64(further)), left_step)
         x = [mode.factors(b, at(b, factor, offset), lanes) for factor in factors]
         values = list(sums)
@@ -184,6 +192,7 @@ def micro_kernel(
             ]
         return values
 
+    ahead = b.mul(count, I64(vectors * isa.bytes))  # where the block after this one is, if it is as long
     apart = mode.apart(rows, vectors, isa)
     size = rows * vectors
 
@@ -250,6 +259,11 @@ def _any_depth(b: ir.IRBuilder, elements: ir.Value, most: int) -> ir.Value:
     count = ceil(b, elements, most)
     even = b.udiv(b.add(elements, b.sub(count, I64(1))), intrinsic(b, "llvm.umax.i64", I64, [count, I64(1)]))
     return b.and_(b.add(even, I64(7)), I64(-8))
+
+
+def _prefetch(b: ir.IRBuilder, place: ir.Value) -> None:
+    """Have what lies there brought to the first-level cache, to be read."""
+    intrinsic(b, "llvm.prefetch.p0", VOID, [place, I32(0), I32(3), I32(1)])
 
 
 def _read(b: ir.IRBuilder, place: ir.Value, whole: ir.Type, mask: ir.Value | None) -> ir.Value:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from . import threads
+from .calls import listening
 
-__all__ = ["LINE", "Scratch", "lined"]
+__all__ = ["KEPT_BYTES", "LINE", "Scratch", "lined"]
 
 LINE = 64  # bytes of a cache line
 
-_KEPT_BYTES = 64 << 20  # that stay for later calls
+KEPT_BYTES = 64 << 20
+"""That stay for later calls."""
 
 _free: list[Tensor] = []  # that no call uses; taking from it and adding to it are single operations
 
@@ -30,8 +32,9 @@ class Scratch:
         self.ends = [*accumulate(map(lined, sizes), initial=LINE)]
 
     def __enter__(self) -> list[int]:
+        self.noted = listening.listener is not None  # then no call has this memory, nor may a later one
         try:
-            self.room = _free.pop()
+            self.room = torch.empty(0, dtype=torch.uint8) if self.noted else _free.pop()
         except IndexError:
             self.room = torch.empty(0, dtype=torch.uint8)
         if self.room.numel() < self.ends[-1]:
@@ -40,5 +43,5 @@ class Scratch:
         return [start + end for end in self.ends[:-1]]
 
     def __exit__(self, *failure: object) -> None:
-        if self.ends[-1] <= _KEPT_BYTES and len(_free) < threads.count():
+        if not self.noted and self.ends[-1] <= KEPT_BYTES and len(_free) < threads.count():
             _free.append(self.room)
