@@ -376,3 +376,20 @@ def test_xs_without_features(backend: str) -> None:
     xs, s = doubles(4, 2), doubles(2)
     ys, _ = elman.scan(Count(), xs, s, lengths=[3, 4], backend=backend)
     torch.testing.assert_close(ys[2], s + xs[:3].exp().sum(0))
+
+
+@pytest.mark.parametrize("backend", ["reference", "interpret", "llvm"])
+@pytest.mark.parametrize("lengths", [None, [6, 5, 5, 2]], ids=["whole", "lengths"])
+def test_another_default_device_changes_nothing(backend: str, lengths: list[int] | None) -> None:
+    cell, x = elman.cells.LSTMCell(5, 7), torch.randn(6, 4, 5, requires_grad=True)
+
+    def run() -> tuple[Tensor, Tensor]:
+        y, _ = elman.scan(cell, x, lengths=lengths, backend=backend)
+        return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+    expected = run()
+    for _ in range(3):
+        with torch.device("meta"):
+            found = run()
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, wanted)

@@ -173,7 +173,7 @@ def rows_of(
     if lengths is None:
         return Rows(steps, batch)
     try:
-        given = torch.as_tensor(lengths)
+        given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"lengths must be {batch} integers, one for each sequence; got {lengths!r:.80}.") from error
     if given.is_meta:

@@ -131,8 +131,8 @@ class Window(nn.Module):
         """(B, left, D) the last inputs of each sequence."""
         steps, batch, features = xs.shape
         first = xs.new_zeros(self.left, batch, features) if before is None else before.transpose(0, 1)
-        ends = torch.full((batch,), steps) if lengths is None else torch.as_tensor(lengths)
-        places = ends.to(xs.device) + torch.arange(self.left, device=xs.device)[:, None]
+        ends = torch.as_tensor([steps] * batch if lengths is None else lengths, device=xs.device)
+        places = ends + torch.arange(self.left, device=xs.device)[:, None]
         return torch.cat([first, xs])[places, torch.arange(batch, device=xs.device)].transpose(0, 1)
 
 

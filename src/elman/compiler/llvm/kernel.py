@@ -206,12 +206,15 @@ class Bound:
             out = self.outputs[buffer.number]
             room = self.count, _row_bytes(buffer) // buffer.dtype.itemsize
             alone = self.count == 1 and out.dtype == buffer.dtype
-            found[buffer] = out.zero_() if alone else torch.zeros(room, dtype=buffer.dtype)
+            found[buffer] = out.zero_() if alone else torch.zeros(room, dtype=buffer.dtype, device="cpu")
         return found
 
     def _layout(self) -> list[int]:
         """Where the number of rows of every step stands, and how many come before them."""
-        made = [torch.tensor(values, dtype=torch.int64) for values in (self.rows.batch_sizes, self.rows.offsets)]
+        made = [
+            torch.tensor(values, dtype=torch.int64, device="cpu")
+            for values in (self.rows.batch_sizes, self.rows.offsets)
+        ]
         self.held += made
         return [values.data_ptr() for values in made]
 

@@ -122,7 +122,7 @@ class _Lowering(Products, Ends):
             number: Any = 1 if "ones" in name else 0
         else:
             number = node.args[0] if name == "scalar_tensor" else node.args[1]
-        return torch.tensor(number, dtype=node.meta["val"].dtype).item()  # as exact as its type is
+        return torch.tensor(number, dtype=node.meta["val"].dtype, device="cpu").item()  # as exact as its type is
 
     def _view(self, node: fx.Node, name: str) -> None:
         if name == "getitem":

@@ -166,7 +166,7 @@ def _result(left: Tensor, right: Tensor, init: Tensor | None, out: Tensor | None
 
 def _fresh(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """A new tensor. One so large that its pages come from the system, each with a fault, asks for few large pages."""
-    made = torch.empty(shape, dtype=dtype)
+    made = torch.empty(shape, dtype=dtype, device="cpu")
     first, end = -(-made.data_ptr() // _HUGE) * _HUGE, (made.data_ptr() + made.nbytes) // _HUGE * _HUGE
     if made.nbytes >= _FROM_SYSTEM and first < end and hasattr(mmap, "MADV_HUGEPAGE"):
         _madvise()(first, end - first, mmap.MADV_HUGEPAGE)  # a wish: that it may be refused changes nothing

@@ -156,7 +156,9 @@ class Played:
 
     def __init__(self, runner: Runner, rows: Rows, reverse: bool, parts: tuple[list[Tensor], ...]) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            own = [[torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in part] for part in parts]
+            own = [
+                [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in part] for part in parts
+            ]
             flat = [t for part in own for t in part]
             notes = _Notes(flat)
             calls.listening.listener = notes
@@ -235,7 +237,7 @@ class Played:
     def __call__(self, parts: tuple[list[Tensor], ...]) -> Any:
         """The results for other tensors of the same shapes and strides."""
         memories = [*(t for part in parts for t in part), *self.constants]
-        memories += [torch.empty(shape, dtype=dtype) for shape, dtype in self.makes]
+        memories += [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in self.makes]
         with Scratch(BARRIER_BYTES + self.inside) as [block]:
             words = self.words[:]
             bases = [t.data_ptr() for t in memories]

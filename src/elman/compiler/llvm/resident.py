@@ -94,4 +94,4 @@ def _rows_first(value: Tensor, node: fx.Node, unit: int, batch: int) -> Tensor:
 
 def _room(node: fx.Node, batch: int) -> Tensor:
     value = node.meta["val"]
-    return torch.empty(batch, *value.shape[1:], dtype=value.dtype)
+    return torch.empty(batch, *value.shape[1:], dtype=value.dtype, device="cpu")
