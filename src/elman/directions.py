@@ -34,7 +34,9 @@ def scan_both(
     """``scan`` of one cell forward in time and of another in reverse: (h, s) and (g, r).
 
     Arguments, results and errors are those of both scans, ``state`` a pair. The numbers are, too, but for the last
-    digits: where both run side by side, each of them has one thread.
+    digits: where both run side by side, each of them has one thread, and both are one node of the autograd graph, as
+    in PyTorch's own layers: what one of them gives cannot be differentiated twice without ``retain_graph``, and a
+    direction that nothing depends on has zeros for gradients.
     """
 
     def one(cell: nn.Module, start: State, reverse: bool) -> Callable[[Run | None], Any]:

@@ -13,7 +13,6 @@ from torch.autograd import forward_ad as fwAD
 from torch.utils import _pytree as pytree
 
 from .compiler import reference
-from .compiler.reference import apart
 from .drawn import drawn_for
 from .errors import (
     CellError,
@@ -395,7 +394,7 @@ def _by_reference(
     assert protocol.y is not None
     if rows.steps == 1:  # nothing was put together, so ys and state may be one tensor, or an input
         given = [*protocol.xs.leaves, *protocol.state.leaves]
-        separate = apart([*outs, *final], given) if not _transformed(outs) else [*outs, *final]
+        separate = reference.apart([*outs, *final], given) if not _transformed(outs) else [*outs, *final]
         outs, final = separate[: len(outs)], separate[len(outs) :]
     count = len(protocol.y.leaves)
     result = (protocol.y.rebuild(outs[:count]), protocol.state.rebuild(final))
@@ -495,5 +494,7 @@ def _warn_once(protocol: Protocol, error: Exception) -> None:
     if _without_features(protocol.xs.leaves):
         text += " Note that xs without features are (T, B); (T, D) needs its batch dimension, xs.unsqueeze(1)."
     if text not in _warned:
+        from .compiler.step import level_of_the_caller
+
         _warned.add(text)
-        warnings.warn(text, UnfoldWarning, stacklevel=5)
+        warnings.warn(text, UnfoldWarning, stacklevel=level_of_the_caller())

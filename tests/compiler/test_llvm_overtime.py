@@ -8,11 +8,13 @@ import pytest
 import torch
 from overtime_cells import CELLS, Average, hurried
 from torch import Tensor
+from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import elman
 from comparing import assert_same, differentiable, everything, scan_by
 from elman.combinators import start
+from elman.compiler import cache
 from elman.compiler.llvm.isa import chosen
 from elman.compiler.llvm.kernel import Kernel
 from elman.packing import Rows
@@ -34,6 +36,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(decide(kernel, rows))
         return found[-1]
 
+    cache.forget()  # a run that was noted down asks no kernel
     hurried(monkeypatch)
     monkeypatch.setattr(Kernel, "block", noted)
     return found
@@ -144,3 +147,34 @@ def test_few_steps_or_wide_rows_stay_as_they_are(monkeypatch: pytest.MonkeyPatch
     assert [kernels[0].block(Rows(*shape)) > 0 for shape in ((100, 1), (10_000, 1), (10_000, 256))] == [
         False, True, False
     ]  # fmt: skip
+
+
+class Shrinking(torch.nn.Module):
+    """s = s⁻ σ(x) + x, whose product of factors is 0 after some hundred steps."""
+
+    def forward(self, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        s = s * x.sigmoid() + x
+        return s, s
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_an_infinite_state_stays_what_it_is(value: float, blocks: list[int], threads: int) -> None:
+    x, state = torch.randn(3000, 2, 3), torch.zeros(2, 3)
+    state[1, 2] = value
+    found, expected = (elman.scan(Shrinking(), x, state, backend=b) for b in ("llvm", "reference"))
+    assert any(blocks)
+    assert_close(found, expected, equal_nan=True)
+
+
+class Counted(torch.nn.Module):
+    """A counter beside a product of x: a loop over whole numbers."""
+
+    def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        n = n + 1
+        return x * n, n
+
+
+def test_whole_numbers_are_not_shared_over_time(blocks: list[int], threads: int) -> None:
+    x, n = torch.randn(300, 2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    assert_close(elman.scan(Counted(), x, n, backend="llvm"), elman.scan(Counted(), x, n, backend="reference"))
+    assert not any(blocks)

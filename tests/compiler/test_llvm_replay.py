@@ -52,13 +52,18 @@ def played() -> list[replay.Played]:
 
 def known() -> list[Any]:
     """What is remembered of the runs of all programs."""
-    runners: list[Runner] = []
+    return [found for runner in runners() for found in runner.known.values()]
+
+
+def runners() -> list[Runner]:
+    """The generated functions of all programs."""
+    found: list[Runner] = []
     for program in cache._programs.values():
         assert isinstance(program, Compiled)
-        runners += program._forward.values()
+        found += program._forward.values()
         for rule in program._derivatives.values():
-            runners += [runner for pair in vars(rule).get("_runners", {}).values() for runner in pair]
-    return [found for runner in runners for found in runner.known.values()]
+            found += [runner for pair in vars(rule).get("_runners", {}).values() for runner in pair]
+    return found
 
 
 def renewed(sources: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -248,3 +253,50 @@ def test_a_failure_while_noting_leaves_nothing_behind(monkeypatch: pytest.Monkey
         assert calls.listening.listener is None
         for _ in range(3):
             assert torch.equal(elman.scan(cell, x)[0], expected)
+
+
+class Handed(torch.nn.Module):
+    """A step that computes nothing."""
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :2], state
+
+
+def test_a_run_without_any_call() -> None:
+    x, state = torch.randn(5, 3, 4), torch.randn(3, 2)
+    for _ in range(3):
+        y, last = elman.scan(Handed(), x, state)
+        assert torch.equal(y, x[..., :2])
+        assert torch.equal(last, state)
+
+
+def test_numbers_that_stand_with_the_other_sign_in_memory() -> None:
+    cell = ElmanCell(16, 128)
+    with torch.no_grad():
+        for i in range(5):
+            x, state = torch.randn(6, 16, 16), torch.randn(16, 128)
+            expected = elman.scan(cell, x, state, backend="reference")[0]
+            given = state if i < 3 else torch._neg_view(-state)
+            torch.testing.assert_close(elman.scan(cell, x, given)[0], expected)
+            torch.testing.assert_close(elman.scan(cell, torch._neg_view(-x), state)[0], expected)
+
+
+def test_tensors_of_another_class_are_not_played() -> None:
+    cell, x = ElmanCell(16, 32), torch.randn(6, 16, 16)
+    with torch.no_grad():
+        expected = [elman.scan(cell, x)[0] for _ in range(3)]
+        found = [key for runner in runners() for key in runner.known]
+        elman.scan(cell, x.as_subclass(Marked))
+    assert len([key for runner in runners() for key in runner.known]) == len(found) + 1
+    assert torch.equal(expected[0], expected[-1])
+
+
+class Marked(Tensor):
+    """A class of tensors."""
+
+
+def test_a_machine_without_machine_code_notes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "host", lambda: None)
+    for _ in range(3):
+        elman.scan(ElmanCell(16, 32), torch.randn(6, 16, 16))
+    assert known()[0] == "never"

@@ -51,7 +51,7 @@ class Call:
         """The flat list of tensors, cut into xs, state, weights, draws."""
         found, at = [], 0
         for count in self.counts:
-            found.append(list(tensors[at : at + count]))
+            found.append([t.resolve_neg() for t in tensors[at : at + count]])  # machine code reads what lies in memory
             at += count
         return tuple(found)
 
@@ -187,6 +187,7 @@ def run_backward(
     grads: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:
     xs, state, weights, draws = call.parts(tensors)
+    grads = tuple(None if g is None else g.resolve_neg() for g in grads)
     step, derivative = call.compiled.step, rule.rule
     n_ys, n_state = len(step.ys), len(step.next)
     g_ys = [grads[i] for i in derivative.floating]

@@ -26,8 +26,9 @@ def tracing() -> Iterator[None]:
     several times over, which takes as long as all the rest.
     """
     with _lock, saved_tensors_hooks(_itself, _itself):
-        paused = _pause()
+        paused = False
         try:
+            paused = _pause()
             yield
         finally:
             if paused:
@@ -69,7 +70,7 @@ def _renew() -> None:
     global _lock
     _lock = threading.RLock()
     if _paused:
-        _resume()
+        gc.enable()
 
 
 os.register_at_fork(after_in_child=_renew)

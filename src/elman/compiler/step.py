@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ElmanError, UnsupportedError
 
-__all__ = ["Leaf", "Step", "arguments", "batch_multiple", "explained", "fake", "location", "ours", "user_line"]
+__all__ = [
+    "Leaf", "Step", "arguments", "batch_multiple", "explained", "fake", "level_of_the_caller", "location", "ours",
+    "user_line",
+]  # fmt: skip
+
+_PACKAGE = str(Path(__file__).parents[1])  # not by name: a user's folder may be called elman too
 
 
 class Leaf(NamedTuple):
@@ -96,6 +103,14 @@ def ours(filename: str) -> bool:
     engine = ("/elman/compiler/", "/elman/unfold.py", "/elman/protocol.py", "/elman/recording.py")
     typed = path.startswith(("<stdin", "<ipython", "<python-input"))  # a user's session
     return "/torch/" in path or (path.startswith("<") and not typed) or any(part in path for part in engine)
+
+
+def level_of_the_caller() -> int:
+    """The ``stacklevel`` of a warning that points at the code that is neither elman's nor PyTorch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and (ours(file := frame.f_code.co_filename) or file.startswith(_PACKAGE)):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from ..combinators.nested import output_size, said
 from ..directions import scan_both
 from ..errors import CellError, OptionError, StateError
 from ..types import Pytree, State
+from ..unfold import scan
 from .unfolding import Unfolding
 
 __all__ = ["MERGES", "Bidirectional"]
@@ -90,9 +91,11 @@ class Bidirectional(nn.Module):
                 f"what that cell carries, or None; got a {type(state).__name__}."
             )
         cells, begun = (self.forward_cell, self.backward_cell), (None, None) if state is None else tuple(state)
-        (h, s), (g, r) = scan_both(*cells, xs, begun, constants=constants, lengths=lengths, **options)
-        if not isinstance(self.merge, str):
+        if not isinstance(self.merge, str):  # it may leave one of them out
+            h, s = scan(cells[0], xs, begun[0], constants=constants, lengths=lengths, **options)
+            g, r = scan(cells[1], xs, begun[1], constants=constants, lengths=lengths, reverse=True, **options)
             return self.merge(h, g), (s, r)
+        (h, s), (g, r) = scan_both(*cells, xs, begun, constants=constants, lengths=lengths, **options)
         self._check([y.shape[-1] for y in (h, g)])
         return MERGES[self.merge](h, g), (s, r)
 

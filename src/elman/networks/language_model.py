@@ -90,18 +90,17 @@ class LanguageModel(nn.Module):
         h, state = step(self.cell, self.dropout_input(self.embedding(token)), state)
         return self.logits(self.dropout_output(h)), state
 
-    def streamed(self) -> Callable[[Tensor, Stream | None], tuple[Tensor, Stream]]:
+    def streamed(self) -> Callable[[Tensor, Stream | State], tuple[Tensor, Stream]]:
         """``step`` for ``decode``, without gradients: the state that it hands on is a ``Stream`` of the cell.
 
-        Ids (B,), and None for the first ones → logits (B, V) and the stream. So a state goes on once.
+        Ids (B,), and for the first ones a state (B, …) or None → logits (B, V) and the stream. So a state goes on once.
         """
 
         @torch.no_grad()
-        def step(ids: Tensor, stream: Stream | None) -> tuple[Tensor, Stream]:
-            if stream is None:
-                stream = Stream(self.cell, self.initial_state(len(ids)), copy=False)
-            if not self.training:  # the same, but for the time that calling three modules takes
-                return self.logits(stream(F.embedding(ids, self.embedding.weight))), stream
+        def step(ids: Tensor, stream: Stream | State) -> tuple[Tensor, Stream]:
+            if not isinstance(stream, Stream):
+                begun = self.initial_state(len(ids)) if stream is None else stream
+                stream = Stream(self.cell, begun, copy=False)
             return self.logits(self.dropout_output(stream(self.dropout_input(self.embedding(ids))))), stream
 
         return step

@@ -64,7 +64,7 @@ def clear(address: int, size: int) -> None:
 def together(out: Tensor, partial: Tensor) -> None:
     """out (n) = the sum over the first dimension of partial (threads, n or more), both of one type and dense."""
     words = array("q", (out.data_ptr(), partial.data_ptr(), partial.stride(0), len(partial), out.numel()))
-    call(address_of("sum32" if out.dtype == torch.float32 else "sum64"), words, (0, 1), 1)
+    call(address_of({torch.float32: "sum32", torch.float64: "sum64"}[out.dtype]), words, (0, 1), 1)
 
 
 @lru_cache(maxsize=1)

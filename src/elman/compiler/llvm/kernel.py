@@ -178,6 +178,8 @@ class Bound:
 
     def __exit__(self, *failure: object) -> None:
         self.scratch.__exit__(*failure)
+        if any(failure):
+            return
         self.read_states(self.rows)
         for buffer, sums in self.partial.items():
             out = self.outputs[buffer.number]

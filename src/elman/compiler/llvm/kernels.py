@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from pathlib import Path
 
 from torch import fx
 
 from ...errors import UnfoldWarning, UnsupportedError
 from ..fuse import fused
 from ..program import Loop, Program
-from ..step import Step, ours
+from ..step import Step, level_of_the_caller
 from .kernel import Kernel, PrecisionError, compile_loop
 
 __all__ = ["Kernels", "Refused"]
 
-_PACKAGE = str(Path(__file__).parents[2])  # not by name: a user's folder may be called elman too
 _warned: set[str] = set()
 
 
@@ -76,12 +73,4 @@ def _warn(carried: str, reason: str) -> None:
     text = f"the loop over {carried} runs through PyTorch's operations, some times slower: {reason}"
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, UnfoldWarning, stacklevel=_level_of_the_caller())
-
-
-def _level_of_the_caller() -> int:
-    """How many calls up from ``_warn`` the code is that is neither elman's nor PyTorch's."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and (ours(file := frame.f_code.co_filename) or file.startswith(_PACKAGE)):
-        frame, level = frame.f_back, level + 1
-    return level
+        warnings.warn(text, UnfoldWarning, stacklevel=level_of_the_caller())

@@ -97,6 +97,7 @@ def multiply(
     """
     if precision not in _PRECISIONS:
         raise OptionError.unknown("precision", precision, _PRECISIONS)
+    left, right = left.resolve_neg(), right.resolve_neg()
     out = _result(left, right, init, out, out_dtype)
     if not out.numel():
         return out
@@ -114,7 +115,7 @@ def multiply(
             return out
         return out.copy_(multiply(left, right, init, precision=precision, out_dtype=out.dtype))
     if init is not None:
-        init = init.to(form.sums).expand(out.shape)
+        init = init.resolve_neg().to(form.sums).expand(out.shape)
         if init.stride(1) != 1 and init.shape[1] != 1:
             init = init.contiguous() if form.rounds else out.copy_(init)
     _run(_code(form, isa), left, right, init, out)

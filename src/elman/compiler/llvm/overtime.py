@@ -142,7 +142,7 @@ class _OverTime:
                 b.call(self.full, [self.mine, cut(one), end, self.thread])
 
     def _finite(self, b: ir.IRBuilder) -> ir.Value:
-        """Whether all products of factors are: 0 times every one of them is 0."""
+        """Whether all z and A are, the first thread's state among them: 0 times every one of them is 0."""
         size = self.passes.states[0].dtype.itemsize
         wide = vector(self.kind, self.generator.isa.lanes(8 * size))
         with b.goto_entry_block():
@@ -156,14 +156,20 @@ class _OverTime:
             found = found if kind is wide else splat(b, found, wide.count)
             b.store(b.fadd(b.load(total, typ=wide), found), total)
 
-        with counted(b, constant(I64, 1), self.threads, 1, "thread") as thread:
-            memory = self._memory(b, thread)
-            for i in range(2 * len(self.passes.states), len(areas(self.passes))):
-                place = b.inttoptr(b.add(memory, b.mul(constant(I64, i), self.word["area"])), PTR)
-                with counted(b, constant(I64, 0), whole, self.generator.isa.bytes, "v") as offset:
-                    add(place, offset, wide)
-                with counted(b, whole, bytes_, size, "one") as offset:
-                    add(place, offset, self.kind)
+        states, zero, one = len(self.passes.states), constant(I64, 0), constant(I64, 1)
+        parts = (
+            (zero, one, range(states, 2 * states)),  # what it handed on; it has no A
+            (one, self.threads, range(states, len(areas(self.passes)))),
+        )
+        for begin, end, which in parts:
+            with counted(b, begin, end, 1, "thread") as thread:
+                memory = self._memory(b, thread)
+                for i in which:
+                    place = b.inttoptr(b.add(memory, b.mul(constant(I64, i), self.word["area"])), PTR)
+                    with counted(b, zero, whole, self.generator.isa.bytes, "v") as offset:
+                        add(place, offset, wide)
+                    with counted(b, whole, bytes_, size, "one") as offset:
+                        add(place, offset, self.kind)
         return b.fcmp_ordered("==", across(b, b.load(total, typ=wide), "sum"), constant(self.kind, 0))
 
     def _each_row(self, b: ir.IRBuilder, name: str) -> None:

@@ -50,7 +50,9 @@ def passes(lowered: Lowered) -> Passes | None:
     states = [buffer for buffer in lowered.buffers if buffer.role == "state"]
     written = {access.buffer for _, access in item.stores}
     touching = [access for access in (*reads_of(item), *(a for _, a in item.stores)) if access.buffer in states]
-    if len(states) > _MOST_STATES or len({(s.dtype, s.row) for s in states}) > 1 or any(s.slot for s in states):
+    if not states or not states[0].dtype.is_floating_point or len(states) > _MOST_STATES:
+        return None
+    if len({(s.dtype, s.row) for s in states}) > 1 or any(s.slot for s in states):
         return None
     if (
         not written >= set(states)

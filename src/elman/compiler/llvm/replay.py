@@ -28,6 +28,7 @@ from ...packing import Rows
 from ..interpret import Runner
 from . import calls, threads
 from .entry import BARRIER_BYTES
+from .isa import host
 from .scratch import KEPT_BYTES, Scratch, lined
 
 __all__ = ["Played", "run"]
@@ -35,6 +36,7 @@ __all__ = ["Played", "run"]
 _MOST = 16  # runs of a program that are remembered
 _WORK_OF_A_CALL = 2e9  # operations after which Python looks for an interrupt: some 20 milliseconds
 _LARGE = 32 << 20  # bytes of a tensor that is better made by who knows what for
+_GIVEN = 1 << 30  # bytes of all that is given; with more, what is not computing hardly counts
 
 aten = torch.ops.aten
 _ALLOCATES = {
@@ -68,7 +70,7 @@ class _Notes(TorchDispatchMode):
         self.number: dict[int, int] = {}  # of a memory, by its first address
         self.made: list[_Call] = []
         for tensor in given:
-            self._remember(tensor)
+            self._remember(tensor, True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -113,9 +115,18 @@ class _Notes(TorchDispatchMode):
                 return number, address - start
         raise Unnoted(address)
 
-    def _remember(self, tensor: Tensor) -> None:
+    def returned(self, tensor: Tensor) -> int:
+        """Which memory a result has. Raises Unnoted where it is not known, or the same for every run."""
+        number = self.number.get(tensor.untyped_storage().data_ptr())
+        if number is None or number in self.constants:
+            raise Unnoted("a result")
+        return number
+
+    def _remember(self, tensor: Tensor, given: bool = False) -> None:
         if not tensor.is_cpu:
             raise Unnoted(tensor.device)
+        if tensor.untyped_storage().nbytes() >= _LARGE and not given:
+            raise Unnoted("large")
         if tensor.untyped_storage().nbytes():
             self.number[tensor.untyped_storage().data_ptr()] = len(self.memories)
             self.memories.append(tensor)
@@ -167,6 +178,8 @@ class Played:
                     results = runner(rows, reverse, *own)
             finally:
                 calls.listening.listener = None
+        if not notes.made:
+            raise Unnoted("there is no call")
         ys, final, kept, sums = results
         self.kept, self.sums = list(kept), list(sums)
         self.ends = len(ys), len(ys) + len(final), len(ys) + len(final) + len(kept)
@@ -181,7 +194,7 @@ class Played:
         users: dict[int, list[Tensor]] = {}
         for leaf in leaves:
             if leaf is not None:
-                users.setdefault(notes.number[leaf.untyped_storage().data_ptr()], []).append(leaf)
+                users.setdefault(notes.returned(leaf), []).append(leaf)
         self.makes: list[tuple[Any, torch.dtype]] = []
         self.place = {n: i for i, n in enumerate(self.given)}
         like = {n: notes.memories[n] for n in self.given}
@@ -190,8 +203,6 @@ class Played:
                 continue
             memory = notes.memories[n]
             size = memory.untyped_storage().nbytes()
-            if size >= _LARGE:
-                raise Unnoted("large")
             alone = len(views) == 1 and views[0].is_contiguous() and views[0].nbytes == size
             like[n] = views[0] if alone else memory.as_strided((size // memory.element_size(),), (1,), 0)
             self.place[n] = len(self.given) + len(self.makes)
@@ -201,7 +212,7 @@ class Played:
             if leaf is None:
                 self.results.append(None)
                 continue
-            n = notes.number[leaf.untyped_storage().data_ptr()]
+            n = notes.returned(leaf)
             view = (leaf.shape, leaf.stride(), int(leaf.storage_offset()))
             whole = view == (like[n].shape, like[n].stride(), 0)
             self.results.append(_Result(self.place[n], None if whole else view))
@@ -285,13 +296,15 @@ def run(runner: Runner, rows: Rows, reverse: bool, *parts: list[Tensor]) -> Any:
     if not rows.uniform or torch._C._len_torch_dispatch_stack() or calls.listening.listener is not None:
         return runner(rows, reverse, *parts)
     key = (
-        rows.steps, rows.batch, reverse, threads.count(), *[(t.shape, t.stride()) for part in parts for t in part],
+        rows.steps, rows.batch, reverse, threads.count(),
+        *[(type(t), t.shape, t.stride()) for part in parts for t in part],
     )  # fmt: skip
-    found = runner.known.get(key)
+    found = runner.known.pop(key, None)  # what was used last comes last
     if found is None or found == "once":
-        found = runner.known[key] = _noted(found, runner, rows, reverse, parts)
-        for oldest in list(runner.known)[:-_MOST]:
-            runner.known.pop(oldest, None)
+        found = _noted(found, runner, rows, reverse, parts)
+    runner.known[key] = found
+    for oldest in list(runner.known)[:-_MOST]:
+        runner.known.pop(oldest, None)
     return found(parts) if isinstance(found, Played) else runner(rows, reverse, *parts)
 
 
@@ -301,7 +314,9 @@ def _noted(
     """What is known of a run from now on."""
     if found is None:
         return "once"
-    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.numel() for part in parts for t in part):
+    given = [t for part in parts for t in part]
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.numel() for t in given)
+    if not plain or sum(t.nbytes for t in given) > _GIVEN or host() is None:
         return "never"
     try:
         return Played(runner, rows, reverse, parts)
