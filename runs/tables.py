@@ -112,6 +112,14 @@ def pairs(result: Any) -> Table:
         yield row["slow"], row["ms"][0], row["fast"], row["ms"][1], row["ratio"]
 
 
+def words(result: Any) -> Table:
+    yield "layers", "validation, nats", "test, nats", "test perplexity", "seconds of an epoch"
+    for name, seconds in result["seconds of an epoch"].items():
+        if name != "threads":
+            row = result.get(name, {})
+            yield name, *(row.get(key, "–") for key in ("valid", "test", "test perplexity")), seconds
+
+
 TABLES: dict[tuple[str, str], Callable[[Any], Table]] = {
     ("choose_a_cell", "cells"): cells,
     ("jordan", "speed"): speed,
@@ -126,6 +134,7 @@ TABLES: dict[tuple[str, str], Callable[[Any], Table]] = {
     ("fill_in_the_blank", "filled"): filled,
     ("untied", "error"): error,
     ("sequence_autoencoder", "rebuilt"): rebuilt,
+    ("ptb_words", "words"): words,
     ("slow_cells", "pairs"): pairs,
 }
 
