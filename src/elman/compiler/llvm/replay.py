@@ -286,7 +286,7 @@ def _inside(notes: _Notes, outside: Container[int]) -> dict[int, tuple[int, int]
                 break
             first = max(first, other + size)
         found[n] = (first, sizes[n])
-    if sum(size for _, size in found.values()) and max(a + s for a, s in found.values()) > KEPT_BYTES - BARRIER_BYTES:
+    if max((first + size for first, size in found.values()), default=0) > KEPT_BYTES - BARRIER_BYTES:
         raise Unnoted("large")
     return found
 
