@@ -184,7 +184,7 @@ def test_no_memory_is_touched_outside(
 @each_dtype
 def test_many_blocks(dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_RIGHT_BYTES", 1 << 14)
-    monkeypatch.setattr(matmul, "_DEPTHS", 1)
+    monkeypatch.setattr(matmul, "depth_of", lambda isa, kind: 192)
     left, right, init = (numbers(*s, dtype=dtype) for s in ((50, 700), (700, 333), (50, 333)))
     for lay, turn in pairs(LAYOUTS.values(), repeat=2):
         assert_close(multiply(lay(left), turn(right), init), left, right, init)

@@ -46,8 +46,7 @@ Precision = Literal["highest", "high", "medium"]
 _PRECISIONS = get_args(Precision)
 
 _KINDS = {torch.float32: F32, torch.float64: F64, torch.bfloat16: BF16}
-_DEPTHS = 4  # blocks of a panel in a block of K
-_ROWS = 192  # rows of left at a time, a multiple of the rows of every tile
+_ROWS = 96  # rows of left at a time, a multiple of the rows of every tile
 _PANELS = 8  # whose sums are rounded at a time
 _RIGHT_BYTES = 8 << 20  # of right in a block
 _WORK_TO_SHARE = 400_000  # operations that are worth a second thread
@@ -207,7 +206,7 @@ class _Form(NamedTuple):
 def _form(operand: torch.dtype, result: torch.dtype, precision: str, k: int, isa: Isa) -> _Form:
     """The form for such operands and results; sums of more than one block of k are not rounded as they are made."""
     if operand == torch.bfloat16:
-        rounds = result == operand and k <= _DEPTHS * depth_of(isa, BF16)
+        rounds = result == operand and k <= depth_of(isa, BF16)
         return _Form(operand, operand, torch.float32, rounds)
     if operand == torch.float32 and precision == "medium" and isa.dot:
         return _Form(operand, torch.bfloat16, operand, False)
@@ -215,17 +214,13 @@ def _form(operand: torch.dtype, result: torch.dtype, precision: str, k: int, isa
 
 
 class _Code(NamedTuple):
-    """The compiled function and what it was compiled for. ``library`` holds the memory that it runs in.
-
-    ``depth`` are the most k of a panel's block.
-    """
+    """The compiled function and what it was compiled for. ``library`` holds the memory that it runs in."""
 
     library: engine.Library
     address: int
     isa: Isa
     form: _Form
     mode: Numeric
-    depth: int
 
 
 _compiling = threading.Lock()
@@ -247,7 +242,7 @@ def _compiled(form: _Form, isa: Isa) -> _Code:
         functions=["multiply"],
     )
     mode = form.numeric(isa)
-    return _Code(library, library.address("multiply"), isa, form, mode, depth_of(isa, mode.kind))
+    return _Code(library, library.address("multiply"), isa, form, mode)
 
 
 def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Tensor) -> None:
@@ -256,7 +251,7 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
     item, wide = out.element_size(), form.sums.itemsize
     (rows, k), columns = left.shape, right.shape[1]
     lanes, (height, vectors_of_tile) = mode.lanes(isa), mode.tile
-    depth = _even_part(k, _DEPTHS * code.depth, 8 * mode.group)
+    depth = _even_part(k, depth_of(isa, mode.kind), 8 * mode.group)
     width = _even_part(columns, max(_RIGHT_BYTES // (depth * form.mode.itemsize), 1), vectors_of_tile * lanes)
     count = 1 if 2 * rows * columns * k < _WORK_TO_SHARE else threads.count()
     vectors = -(-width // lanes)

@@ -70,14 +70,17 @@ __all__ = [
 _CACHE = 24 * 1024
 """Bytes of a panel's block: half of a usual first-level cache, the rest is for the rows."""
 
+_SECOND_CACHE = 96 * 1024
+"""The same for a product of any shape: what streams from a second-level cache past the rows of one tile at a time."""
+
 _PREFETCHING = 4
 """Rows of a tile that leave time to ask for the next block of a panel; with fewer, reading it is all there is to do."""
 
 
 def depth_of(isa: Isa, kind: ir.Type = F32) -> int:
-    """The most rows of a weight that are one block of a panel."""
+    """The most rows of a weight that a product without a shape should be given at a time: they are one block."""
     mode = numeric(isa, kind)
-    return _depth_of(isa, mode) * mode.group
+    return _SECOND_CACHE // (mode.tile[1] * isa.bytes) * mode.group
 
 
 def product(
@@ -112,7 +115,7 @@ def product(
         left_step, tile_stride, every_k, width_of_all = more
         length = every_k if mode.group == 1 else ceil(b, every_k, mode.group)
         split = any_columns(b, isa, kind, width_of_all)
-        depth = _any_depth(b, length, _depth_of(isa, mode))
+        depth = length
         blocks, tile = full_tiles(b, rows, mode.tile[0])
     else:
         left_step, tile_stride, length = I64(mode.left.size), I64(0), I64(mode.elements(k))
@@ -242,23 +245,11 @@ def _even_tiles(b: ir.IRBuilder, rows: ir.Value, height: int) -> tuple[ir.Value,
     return blocks, tile
 
 
-def _depth_of(isa: Isa, mode: Numeric) -> int:
-    """The most elements of a column that are one block of a panel."""
-    return _CACHE // (mode.tile[1] * isa.bytes)
-
-
 def _depth(elements: int, isa: Isa, width: int) -> int:
     """Elements of a column in one block: as many as the cache holds, all blocks of about one size."""
     most = max(_CACHE // (width * isa.bytes), 1)
     count = -(-elements // most)
     return min(-(-elements // count + 7) // 8 * 8, elements) if count > 1 else elements
-
-
-def _any_depth(b: ir.IRBuilder, elements: ir.Value, most: int) -> ir.Value:
-    """The same for a number that is known only when it runs, and the widest panels."""
-    count = ceil(b, elements, most)
-    even = b.udiv(b.add(elements, b.sub(count, I64(1))), intrinsic(b, "llvm.umax.i64", I64, [count, I64(1)]))
-    return b.and_(b.add(even, I64(7)), I64(-8))
 
 
 def _prefetch(b: ir.IRBuilder, place: ir.Value) -> None:
