@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +93,43 @@ def test_the_same_to_the_last_bit(kind: str, dtype: torch.dtype, count: int) -> 
             assert_same(everything(scan_by("llvm"), cell, here), plain(cell, here), rtol=0, atol=0)
         expected = 0 if kind == "sru" else 2  # forward and backward; that cell has work for PyTorch outside its loop
         assert len(played()) == expected, (steps, batch, d, h)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("autocast", [False, True], ids=["tensors", "autocast"])
+@pytest.mark.parametrize("kind", ["elman", "gru", "lstm", "lstm, layer norm"])
+def test_bfloat16_is_converted_on_the_way(kind: str, autocast: bool, count: int) -> None:
+    torch.set_num_threads(count)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    for steps, batch, d, h in [(12, 33, 16, 100), (5, 3, 7, 9), (40, 17, 60, 64)]:
+        cache.forget()
+        cell = made(kind, d, h, dtype)
+        sources = given(cell, steps, batch, d, dtype)
+        for seed in range(4):
+            here = renewed(sources, seed)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                assert_same(everything(scan_by("llvm"), cell, here), plain(cell, here), rtol=0, atol=0)
+        left_to_pytorch = "norm" in kind and not autocast  # gradients of a norm's own weights, of bfloat16
+        assert len(played()) == 2 - left_to_pytorch, (steps, batch, d, h)
+
+
+def test_numbers_are_converted_as_pytorch_converts_them() -> None:
+    """Every bfloat16 there is; and float32 around every one of them, denormal, infinite and none at all."""
+    halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    near = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    words = ((halves.int() << 16)[:, None] + near).flatten()[:-3].int()
+    for count in (1, 2, 3):
+        for name, numbers, expected in (
+            ("widen", halves.view(torch.bfloat16), halves.view(torch.bfloat16).float()),
+            ("narrow", words.view(torch.float32), words.view(torch.float32).bfloat16()),
+        ):
+            out = torch.full_like(expected, 7.0)
+            told = array("q", (out.data_ptr(), numbers.data_ptr(), numbers.numel()))
+            calls.call(calls.address_of(name), told, (0, 1), count)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+            bits = torch.int16 if name == "narrow" else torch.int32
+            same = out.view(bits) == expected.view(bits)
+            assert bool((same | expected.isnan()).all())
 
 
 @pytest.mark.parametrize("name", ALL_MACHINE_CODE)

@@ -44,7 +44,7 @@ def function_of(node: fx.Node, compiled: bool = False, precision: str = "highest
     whose products of float32 have that precision.
     """
     bias = node.target is torch.ops.aten.addmm.default
-    if compiled and _is_product(node, torch.float32, torch.float64):
+    if compiled and _is_product(node, torch.float32, torch.float64, torch.bfloat16):
         from .llvm import isa, matmul  # llvmlite is loaded with the first program of machine code
 
         if isa.chosen() is not None:

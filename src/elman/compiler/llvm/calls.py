@@ -1,7 +1,7 @@
 """Calls of compiled functions: made at once; or noted down on the way, to be made later, many in one go (``replay``).
 
-All have the form ``void(ptr words, i64 thread, i64 threads)``. What is not computing but moving, clearing and adding up
-what threads have summed alone is such a function too, so that nothing else is to be done between two of them.
+All have the form ``void(ptr words, i64 thread, i64 threads)``. What is not computing but moving, clearing, converting
+and adding up what threads have summed alone is such a function too, so that nothing else is to be done between two.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ...cachefolder import cache_directory
 from . import engine, threads
-from .code import BYTE, F32, F64, I64, PTR, VOID, at, counted, folded, function, intrinsic, load, store, vector
+from .code import BYTE, F32, F64, I16, I64, PTR, VOID, at, counted, folded, function, intrinsic, load, store, vector
 from .entry import barrier, exported
 from .isa import Isa, host
+from .memory import from_memory
+from .numeric import rounded
 
 __all__ = ["ENTRY", "HEAD", "Listener", "address_of", "call", "clear", "listening", "together"]
 
@@ -83,7 +85,7 @@ def _compiled() -> engine.Library:
 
 @cache
 def address_of(name: str) -> int:
-    """Where a function begins: "all", "copy", "zero", "sum32" or "sum64"."""
+    """Where a function begins: "all", "copy", "zero", "narrow", "widen", "sum32" or "sum64"."""
     return _compiled().address(name)
 
 
@@ -140,6 +142,36 @@ def _zero(b: ir.IRBuilder, f: ir.Function, isa: Isa) -> None:
     b.ret_void()
 
 
+def _converted(
+    source: ir.Type, goal: ir.Type, rule: Callable[[ir.IRBuilder, ir.Value], ir.Value]
+) -> Callable[[ir.IRBuilder, ir.Function, Isa], None]:
+    def write(b: ir.IRBuilder, f: ir.Function, isa: Isa) -> None:
+        """words: where to, where from, how many numbers, which all threads share."""
+        words, thread, threads_ = f.args
+        to, origin = (load(b, at(b, words, 8 * i), PTR) for i in (0, 1))
+        count, lanes = load(b, at(b, words, 16), I64), isa.lanes(32)
+        vectors = b.udiv(count, I64(lanes))
+        first, end = (b.udiv(b.mul(vectors, n), threads_) for n in (thread, b.add(thread, I64(1))))
+
+        def one(n: ir.Value, lanes: int | None) -> None:
+            kinds = [kind if lanes is None else vector(kind, lanes) for kind in (source, goal)]
+            places = [at(b, base, b.mul(n, I64(_SIZES[kind]))) for base, kind in ((origin, source), (to, goal))]
+            store(b, rule(b, load(b, places[0], kinds[0])), places[1])
+
+        with counted(b, b.mul(first, I64(lanes)), b.mul(end, I64(lanes)), lanes, "n") as n:
+            one(n, lanes)
+        last = b.icmp_signed("==", b.add(thread, I64(1)), threads_)
+        rest = b.mul(vectors, I64(lanes))
+        with counted(b, rest, b.select(last, count, rest), 1, "rest") as n:
+            one(n, None)
+        b.ret_void()
+
+    return write
+
+
+_SIZES = {F32: 4, I16: 2}
+
+
 def _sum(kind: ir.Type, size: int) -> Callable[[ir.IRBuilder, ir.Function, Isa], None]:
     def write(b: ir.IRBuilder, f: ir.Function, isa: Isa) -> None:
         """words: where to, where from, numbers from one row to the next, rows, numbers of a row."""
@@ -171,6 +203,8 @@ _FUNCTIONS: tuple[tuple[str, Callable[[ir.IRBuilder, ir.Function, Isa], None]], 
     ("all", _all),
     ("copy", _copy),
     ("zero", _zero),
+    ("narrow", _converted(F32, I16, lambda b, numbers: rounded(b, numbers, None, flushed=False))),
+    ("widen", _converted(I16, F32, lambda b, numbers: from_memory(b, numbers, torch.bfloat16))),
     ("sum32", _sum(F32, 4)),
     ("sum64", _sum(F64, 8)),
 )

@@ -183,10 +183,12 @@ class Bound:
         self.read_states(self.rows)
         for buffer, sums in self.partial.items():
             out = self.outputs[buffer.number]
-            if out.dtype == buffer.dtype and sums is not out:
-                calls.together(out, sums)
-            elif sums is not out:
-                out.copy_(sums[:, : buffer.row].sum(0).view(out.shape))
+            if sums is out:
+                continue
+            total = out if out.dtype == buffer.dtype else torch.empty(out.shape, dtype=buffer.dtype, device="cpu")
+            calls.together(total, sums)
+            if total is not out:
+                out.copy_(total)
 
     def read_states(self, rows: Rows) -> None:
         """Overwrite the states with those after the last steps of such rows."""

@@ -169,10 +169,13 @@ def numeric(isa: Isa, kind: ir.Type, source: ir.Type | None = None) -> Numeric:
     return Numeric(BF16, F32, pair, left, isa.pair_tile, dot)
 
 
-def rounded(b: ir.IRBuilder, numbers: ir.Value, dot: Dot | None) -> ir.Value:
-    """float32 rounded to bfloat16, as its 16 bits: to nearest, ties to even, denormal numbers to zero."""
+def rounded(b: ir.IRBuilder, numbers: ir.Value, dot: Dot | None, flushed: bool = True) -> ir.Value:
+    """float32 rounded to bfloat16, as its 16 bits: to nearest, ties to even, denormal numbers to zero if ``flushed``.
+
+    What is not flushed is rounded as PyTorch does it, without an instruction of the processor.
+    """
     lanes = numbers.type.count if isinstance(numbers.type, ir.VectorType) else 1
-    name = dict(dot.narrow).get(lanes) if dot else None
+    name = dict(dot.narrow).get(lanes) if dot and flushed else None
     if name:
         return b.bitcast(intrinsic(b, name, vector(BF16, lanes), [numbers]), vector(I16, lanes))
     whole = vector(I32, lanes)
@@ -181,7 +184,8 @@ def rounded(b: ir.IRBuilder, numbers: ir.Value, dot: Dot | None) -> ir.Value:
     near = b.add(bits, b.add(odd, constant(whole, 0x7FFF)))  # carries into the exponent, up to infinity
     magnitude = b.and_(bits, constant(whole, 0x7FFFFFFF))
     sign = b.and_(bits, constant(whole, -1 << 31))
-    near = b.select(b.icmp_unsigned("<", magnitude, constant(whole, 1 << 23)), sign, near)
+    if flushed:
+        near = b.select(b.icmp_unsigned("<", magnitude, constant(whole, 1 << 23)), sign, near)
     quiet = b.or_(bits, constant(whole, 1 << 22))
     near = b.select(b.icmp_unsigned(">", magnitude, constant(whole, 0x7F800000)), quiet, near)
     return b.trunc(b.lshr(near, constant(whole, 16)), vector(I16, lanes))

@@ -35,6 +35,7 @@ __all__ = ["Played", "run"]
 
 _MOST = 16  # runs of a program that are remembered
 _WORK_OF_A_CALL = 2e9  # operations after which Python looks for an interrupt: some 20 milliseconds
+_MANY = 1 << 14  # numbers whose conversion threads share
 _LARGE = 32 << 20  # bytes of a tensor that is better made by who knows what for
 _GIVEN = 1 << 30  # bytes of all that is given; with more, what is not computing hardly counts
 
@@ -43,6 +44,7 @@ _ALLOCATES = {
     aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
     aten.new_empty_strided.default,
 }  # fmt: skip
+_CONVERTS = {(torch.float32, torch.bfloat16): "narrow", (torch.bfloat16, torch.float32): "widen"}
 _CLEARS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 
 
@@ -80,7 +82,7 @@ class _Notes(TorchDispatchMode):
             if func in _CLEARS:
                 self._clear(made)
             return made
-        if func is aten.clone.default:
+        if func in (aten.clone.default, aten._to_copy.default):
             made = func(*args, **kwargs)
             self._remember(made)
             self._copy(made, args[0])
@@ -137,11 +139,12 @@ class _Notes(TorchDispatchMode):
         self.note(calls.address_of("zero"), (tensor.data_ptr(), tensor.nbytes), (0,), 1, 0.0)
 
     def _copy(self, to: Tensor, source: Tensor) -> None:
-        alike = to.shape == source.shape and to.dtype == source.dtype
-        if not (alike and to.is_contiguous() and source.is_contiguous()):
+        how = "copy" if to.dtype == source.dtype else _CONVERTS.get((source.dtype, to.dtype))
+        if how is None or to.shape != source.shape or not _alike(to, source):
             raise Unnoted("copy_")
-        words = to.data_ptr(), source.data_ptr(), to.nbytes
-        self.note(calls.address_of("copy"), words, (0, 1), 1, 0.0)
+        several = how != "copy" and to.numel() >= _MANY
+        words = to.data_ptr(), source.data_ptr(), to.nbytes if how == "copy" else to.numel()
+        self.note(calls.address_of(how), words, (0, 1), threads.count() if several else 1, 0.0)
 
 
 class _Result(NamedTuple):
@@ -267,6 +270,14 @@ class Played:
             dict(zip(self.kept, found[last:], strict=False)),
             dict(zip(self.sums, found[kept:], strict=True)),
         )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether the numbers of both fill a piece of memory, in the same order."""
+    if one.stride() == other.stride():
+        order = sorted(range(one.dim()), key=one.stride, reverse=True)
+        one, other = one.permute(order), other.permute(order)
+    return one.is_contiguous() and other.is_contiguous()
 
 
 def _inside(notes: _Notes, outside: Container[int]) -> dict[int, tuple[int, int]]:
