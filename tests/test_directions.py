@@ -94,8 +94,12 @@ def test_the_second_runs_where_the_first_needs_nobody_to_run_it() -> None:
     assert side_by_side(lambda run: 1, lambda run: (2, run)) == (1, (2, None))
 
 
-def test_inside_a_compiled_model() -> None:
-    network = Bidirectional(*(elman.GRUCell(D, H) for _ in range(2)))
-    xs = torch.randn(STEPS, BATCH, D)
-    found: tuple[Tensor, Any] = torch.compile(network, backend="eager", fullgraph=True, dynamic=False)(xs)
-    torch.testing.assert_close(found, network(xs))
+def test_inside_a_compiled_model_of_any_size() -> None:
+    """A second size in one process is no variable of the graph, though a second T or B is."""
+    torch._dynamo.reset()
+    for steps, batch, d, h in [(STEPS, BATCH, D, H), (3, 2, D, H), (3, 2, D + 1, H + 2), (6, 5, D + 3, H + 1)]:
+        network = Bidirectional(*(elman.GRUCell(d, h) for _ in range(2)))
+        xs = torch.randn(steps, batch, d)
+        found: tuple[Tensor, Any] = torch.compile(network, backend="eager", fullgraph=True)(xs)
+        torch.testing.assert_close(found, network(xs))
+    torch._dynamo.reset()

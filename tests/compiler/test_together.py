@@ -253,7 +253,7 @@ APART: dict[str, Callable[[Bidirectional, Tensor], Any]] = {
     "unequal work": of_unequal_work,
     "many rows": of_many_rows,
     "little work": of_little_work,
-    "compiled": lambda n, xs: torch.compile(n, backend="eager", fullgraph=True, dynamic=False)(xs),
+    "compiled": lambda n, xs: torch.compile(n, backend="eager", fullgraph=True)(xs),
 }
 
 

@@ -8,6 +8,7 @@ are outputs of the forward operator, so that both see the same.
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from typing import Any
 
@@ -68,7 +69,9 @@ def in_graph(
 
 def _leaf(tensor: Tensor, batched: bool) -> Any:
     shape = tensor.shape[1:] if batched else tensor.shape
-    return (tuple(shape), tensor.dtype, tensor.device, batched)
+    # A graph may be for any T and B, a program is for one number of features: where Dynamo has made that a variable,
+    # ``index`` is what makes it a number again.
+    return (tuple([operator.index(size) for size in shape]), tensor.dtype, tensor.device, batched)
 
 
 def _skeleton(tree: Tree | None) -> Any:

@@ -48,8 +48,10 @@ def apart(outputs: list[Tensor], given: list[Tensor] | tuple[Tensor, ...]) -> li
     seen = {t.untyped_storage()._cdata for t in given}
     found = []
     for out in outputs:
-        if out.untyped_storage()._cdata in seen:
+        memory = out.untyped_storage()._cdata
+        if memory in seen:
             out = out.clone()
-        seen.add(out.untyped_storage()._cdata)
+            memory = out.untyped_storage()._cdata
+        seen.add(memory)
         found.append(out)
     return found
