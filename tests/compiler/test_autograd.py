@@ -327,3 +327,35 @@ def test_truncated_back_propagation(backend: str) -> None:
     (found,) = torch.autograd.grad(second.sum(), xs, allow_unused=True)
     assert not found[:3].any()
     assert found[3:].any()
+
+
+class Ways(nn.Module):
+    """A state that learns, one that counts, and one that only watches the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(batch, 3, device=device, dtype=dtype) for _ in range(3))
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        h, n, seen = state
+        h, n, seen = torch.tanh(x + h @ self.w), 0.5 * n + 1, 0.9 * seen + h.detach()
+        return (h, n, seen, n + seen, 2 * x, n + h), (h, n, seen)
+
+
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backend", ["interpret", "llvm"])
+def test_what_no_gradient_flows_through_does_not_ask_for_one(backend: str, frozen: bool, needs_x: bool) -> None:
+    cell = Ways()
+    cell.w.requires_grad_(not frozen)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=needs_x)
+    found, expected = ([*y, *s] for y, s in (elman.scan(cell, x, backend=b) for b in (backend, "reference")))
+    assert [t.requires_grad for t in found] == [t.requires_grad for t in expected]
+    torch.testing.assert_close(found, expected)
+    wanted = [t for t in (cell.w, x) if t.requires_grad]
+    if wanted:
+        sums = (sum(t.sum() for t in some if t.requires_grad) for some in (found, expected))
+        torch.testing.assert_close(*(torch.autograd.grad(total, wanted) for total in sums))

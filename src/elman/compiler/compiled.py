@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UnfoldError
 from ..protocol import Tree
-from .derivative import Derivative, derive, tidy
+from .derivative import Derivative, derive, ends_of_gradients, tidy
 from .independence import annotate
 from .interpret import Runner, compile_program, compile_step
 from .lock import tracing
@@ -89,6 +89,7 @@ class Compiled:
         self.invariant = compile_step(before, "invariant")
         self.trivial = all(y in before.weights for y in before.ys)
         self.taken = [before.weights.index(y) for y in before.ys] if self.trivial else []  # type: ignore[arg-type]
+        self._without: dict[tuple[bool, ...], list[int]] = {}
         self._forward: dict[tuple[bool, bool], Runner] = {}
         self._derivatives: dict[tuple[tuple[bool, ...], tuple[bool, ...]], Differentiated | UnfoldError] = {}
 
@@ -96,6 +97,13 @@ class Compiled:
     def program(self) -> Program:
         """The forward program without a derivative: nothing is kept."""
         return partition(self.step)
+
+    def without_gradient(self, needs: tuple[bool, ...]) -> list[int]:
+        """Which of the ys and last states have no gradient, given which of xs, state, weights and draws need one."""
+        if needs not in self._without:
+            needed = {i for i, need in enumerate(needs) if need}
+            self._without[needs] = [i for i, ends in enumerate(ends_of_gradients(self.step)) if not ends & needed]
+        return self._without[needs]
 
     @cached_property
     def whole(self) -> Kernel:

@@ -25,7 +25,7 @@ from .step import Step, arguments, explained
 from .tape import Unrecorded
 from .trace import functional, recorded
 
-__all__ = ["Derivative", "derive"]
+__all__ = ["Derivative", "derive", "ends_of_gradients"]
 
 aten = torch.ops.aten
 _VIEWS = {
@@ -282,3 +282,24 @@ def _slice(
         precision=joint.precision,
     )
     return part, env
+
+
+def ends_of_gradients(step: Step) -> list[frozenset[int]]:
+    """For each of the ys, then of the last states, which of xs, state and weights a gradient of it may flow to.
+
+    They are counted in this order. Over all steps: what a state is made of, its next one is made of too.
+    """
+    none: frozenset[int] = frozenset()
+    ends = {node: frozenset([i]) for i, node in enumerate([*step.xs, *step.state, *step.weights])}
+    while True:
+        found = dict(ends)
+        for node in step.graph.nodes:
+            value = node.meta.get("val")
+            stops = node.target is aten.detach.default or (isinstance(value, Tensor) and not value.is_floating_point())
+            if node.op == "call_function":
+                found[node] = none if stops else none.union(*(found.get(n, none) for n in node.all_input_nodes))
+        wider = {s: ends[s] | found.get(n, none) for s, n in zip(step.state, step.next, strict=True)}
+        if all(ends[s] == wider[s] for s in wider):
+            whole = (n for n in (*step.ys, *step.next) if n is not None)
+            return [none if not n.meta["val"].is_floating_point() else found.get(n, none) for n in whole]
+        ends |= wider
