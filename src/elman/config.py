@@ -110,7 +110,13 @@ class Machine(Section):
     """Where and how numbers are computed."""
 
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps …")
-    precision: Literal["float32", "bf16"] = Field(default="float32", description="bf16: autocast to bfloat16")
+    precision: Literal["float32", "high", "medium", "bf16"] = Field(
+        default="float32",
+        description="high, medium: products of float32 as torch.set_float32_matmul_precision; bf16: autocast",
+    )
+    backend: Literal["auto", "reference", "interpret", "llvm"] = Field(
+        default="auto", description="how cells are unfolded (see elman.scan); it changes the speed alone"
+    )
     threads: int | None = Field(default=None, ge=1, description="threads of torch; default: torch's own choice")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of initialisation, dropout and samples")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,7 +11,7 @@ from .cachefolder import cache_directory
 from .config import Config, Machine
 from .errors import OptionError
 
-__all__ = ["autocast", "cache_directory", "prepare", "resolve"]
+__all__ = ["arithmetic", "cache_directory", "prepare", "resolve"]
 
 
 def resolve(config: Config) -> Config:
@@ -24,16 +25,28 @@ def resolve(config: Config) -> Config:
 
 
 def prepare(machine: Machine) -> torch.device:
-    """Set the number of threads and the seed of torch; the device to compute on."""
+    """Set the number of threads, the seed and the precision of products of torch; the device to compute on."""
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     torch.manual_seed(machine.seed)
+    torch.set_float32_matmul_precision(_products(machine))  # of back-propagation too
     return torch.device(_device(machine.device))
 
 
-def autocast(machine: Machine, device: torch.device) -> Any:
-    """The context in which the forward pass runs: autocast to bfloat16, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=machine.precision == "bf16")
+@contextmanager
+def arithmetic(machine: Machine, device: torch.device) -> Iterator[None]:
+    """The context in which a model runs: the precision of its products, autocast to bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(_products(machine))
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=machine.precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _products(machine: Machine) -> str:
+    return machine.precision if machine.precision in ("high", "medium") else "highest"
 
 
 def _device(name: str) -> str:

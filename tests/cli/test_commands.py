@@ -38,6 +38,9 @@ def succeeded(outcome: Outcome) -> str:
         ["--cell", "gru", "--layers", "2"],
         ["--cell", "elman", "--tokens", "byte", "--tie"],
         ["--cell", "lstm", "--tie", "--embedding", "5", "--precision", "bf16"],
+        ["--cell", "lstm", "--precision", "medium"],
+        ["--cell", "gru", "--precision", "high", "--backend", "interpret"],
+        ["--cell", "elman", "--backend", "llvm"],
         ["--optimizer", "sgd", "--lr", "0.1", "--epochs", "0.2"],
         ["--optimizer", "adam", "--minutes", "0.01", "--clip", "0.1"],
     ],
@@ -53,6 +56,25 @@ def test_train_then_use(options: list[str], command: Command, text: Path, tmp_pa
     evaluated = json.loads(succeeded(command("evaluate", out, "--json")))
     assert evaluated["nats"] == pytest.approx(result["test"]["nats"], rel=1e-12)
     assert len(succeeded(command("generate", out, "--length", "9", "--seed", "1"))) >= 9
+
+
+@pytest.mark.parametrize("backend", ["reference", "interpret", "llvm"])
+def test_backends_train_to_the_same_model(backend: str, command: Command, text: Path, tmp_path: Path) -> None:
+    """And what was trained with one goes on with its own, as its settings say."""
+    found = {}
+    for name in ("auto", backend):
+        options = ["--steps", "20", "--backend", name, "--quiet", "--json"]
+        found[name] = json.loads(succeeded(command("train", "lm", text, "--out", tmp_path / name, *TINY, *options)))
+    assert RunDirectory(tmp_path / backend).config().machine.backend == backend
+    assert found[backend]["test"]["nats"] == pytest.approx(found["auto"]["test"]["nats"], rel=1e-4)
+
+
+def test_a_backend_that_there_is_not(command: Command, text: Path, tmp_path: Path) -> None:
+    code, _, err = command("train", "lm", text, "--out", tmp_path / "run", *TINY, "--backend", "fast")
+    assert code == 2
+    assert "machine.backend" in err
+    assert "interpret" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_learns_and_reports(command: Command, text: Path, tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ def lm(
     minutes: Annotated[float | None, _budget("Minutes by the clock.")] = None,
     patience: Annotated[int | None, _budget("Stop early after so many validations without gain.")] = None,
     device: Annotated[str | None, _machine("auto, cpu, cuda … (default auto).")] = None,
-    precision: Annotated[str | None, _machine("float32 or bf16 (default float32).")] = None,
+    precision: Annotated[str | None, _machine("float32, high, medium or bf16 (default float32).")] = None,
+    backend: Annotated[str | None, _machine("auto, reference, interpret or llvm (default auto).")] = None,
     threads: Annotated[int | None, _machine("Threads (default: torch's choice).")] = None,
     seed: Annotated[int | None, _machine("Same seed, same model (default 0).")] = None,
 ) -> None:
@@ -137,7 +138,7 @@ def lm(
         },
         "budget": {"steps": steps, "epochs": epochs, "minutes": minutes, "patience": patience},
         "report": {"log_every": log_every, "validate_every": validate_every},
-        "machine": {"device": device, "precision": precision, "threads": threads, "seed": seed},
+        "machine": {"device": device, "precision": precision, "backend": backend, "threads": threads, "seed": seed},
     }
     from ..config import build_config, parse_assignments, read_config_file
 

@@ -20,7 +20,7 @@ from ..combinators import Attend, Conditioned, Stack
 from ..config import Config, Data, Model
 from ..decode import Sampler, generate
 from ..errors import DataError, OptionError, RunError, counted
-from ..machine import autocast, cache_directory
+from ..machine import arithmetic, cache_directory
 from ..metrics import Loss, bits
 from ..networks import LanguageModel
 from ..penalties import activation_penalty, temporal_penalty
@@ -146,8 +146,8 @@ class LanguageModelling:
         self.model.train()
         window = self.streams.next()
         before = None if window.fresh else self._state
-        with autocast(self.config.machine, self.device):
-            h, after = self.model.activations(window.inputs, before)
+        with arithmetic(self.config.machine, self.device):
+            h, after = self.model.activations(window.inputs, before, backend=self.config.machine.backend)
             dropped = self.model.dropout_output(h)
             logits = self.model.logits(dropped)
         self._state = pytree.tree_map_only(Tensor, Tensor.detach, after)
@@ -171,8 +171,9 @@ class LanguageModelling:
         """
         self.model.eval()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), autocast(self.config.machine, self.device):
-            self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        with torch.no_grad(), torch.random.fork_rng(devices), arithmetic(self.config.machine, self.device):
+            symbol = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            self.model(symbol, backend=self.config.machine.backend)
 
     def forget(self) -> None:
         self._state = None
@@ -310,16 +311,15 @@ class TrainedLanguageModel:
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """−log p in nats of each symbol of a tokenised text given all before it, (N − 1,)."""
-        window = self.config.data.window
-        return torch.cat([costs.flatten() for costs in _costs(self.model, ids, 1, window, self.device)]).numpy()
+        return torch.cat([costs.flatten() for costs in _costs(self.model, ids, 1, self.config, self.device)]).numpy()
 
 
 def evaluate(model: LanguageModel, ids: np.ndarray, config: Config, device: torch.device) -> tuple[float, int]:
     """Nats and number of predicted symbols of ids (N,): N − 1 of them, in parallel streams with carried
     state."""
     nats, symbols = 0.0, 0
-    with autocast(config.machine, device):
-        for costs in _costs(model, ids, config.data.batch, config.data.window, device):
+    with arithmetic(config.machine, device):
+        for costs in _costs(model, ids, config.data.batch, config, device):
             nats += float(costs.sum(dtype=torch.float64))
             symbols += costs.numel()
     return nats, symbols
@@ -360,13 +360,14 @@ def start_id(tokenizer: Tokenizer, ids: np.ndarray | None = None) -> int:
     return space or (int(ids[0]) if ids is not None else 1)
 
 
-def _costs(model: LanguageModel, ids: np.ndarray, batch: int, window: int, device: torch.device) -> Iterator[Tensor]:
+def _costs(model: LanguageModel, ids: np.ndarray, batch: int, config: Config, device: torch.device) -> Iterator[Tensor]:
     """−log p of the targets of each window, (T, B)."""
     model.eval()
     state: State = None
     with torch.no_grad():
-        for part in evaluation_windows(ids, batch, window, device=device):
-            logits, state = model(part.inputs, None if part.fresh else state)
+        for part in evaluation_windows(ids, batch, config.data.window, device=device):
+            begun = None if part.fresh else state
+            logits, state = model(part.inputs, begun, backend=config.machine.backend)
             flat = F.cross_entropy(_wide(logits.flatten(0, 1)), part.targets.flatten(), reduction="none")
             yield flat.view(part.targets.shape)
 
