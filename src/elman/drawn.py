@@ -1,15 +1,38 @@
-"""Dropout masks that are drawn once for a whole sequence and stay the same from step to step."""
+"""Dropout masks: those that are drawn once for a whole sequence and stay the same from step to step; how they are
+drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DropMask", "drawn_for"]
+__all__ = ["DropMask", "Dropout", "bernoulli", "drawn_for"]
 
 _BUFFER = "drawn_once"
+
+
+def bernoulli(size: Sequence[int], p: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ones with probability p, zeros else.
+
+    On a CPU torch.bernoulli takes four times as long: 20 ms for (128, 32, 512), where a training step takes 200.
+    """
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device).bernoulli_(p)
+    return torch.rand(size, dtype=torch.float32, device=device).lt_(p).to(dtype)
+
+
+class Dropout(nn.Dropout):
+    """torch.nn.Dropout, with ``bernoulli`` for its mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…) → the same shape, each number zero with probability p, else over 1 - p; in evaluation x itself."""
+        if not (self.training and self.p and x.device.type == "cpu"):
+            return super().forward(x)
+        kept = 1 - self.p
+        mask = bernoulli(x.shape, kept, x.dtype, x.device)
+        return x * (mask.div_(kept) if kept else mask)
 
 
 class DropMask(nn.Module):
@@ -35,7 +58,7 @@ class DropMask(nn.Module):
     def draw(self, batch: int, like: Tensor) -> Tensor:
         """A new mask, in the dtype and on the device of ``like``."""
         size = (batch, *self.shape) if self.rows else self.shape
-        return torch.bernoulli(like.new_full(size, 1 - self.p)) / (1 - self.p)
+        return bernoulli(size, 1 - self.p, like.dtype, like.device) / (1 - self.p)
 
     def extra_repr(self) -> str:
         return f"{self.p}, shape={self.shape}, rows={self.rows}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import elman
 from elman.cells import ElmanCell, GRUCell, LSTMCell, SLSTMCell
 from elman.combinators import Leaky, Residual, Stack, VariationalDropout, WeightDrop
-from elman.drawn import DropMask
+from elman.drawn import DropMask, Dropout, bernoulli
 from elman.errors import OptionError
 from elman.spec import make_cell
 
@@ -213,3 +213,32 @@ def test_states_stay_small_under_a_mask(make: Any) -> None:
     cell = VariationalDropout(make(D, 32), state=0.5)
     ys, _ = elman.scan(cell, torch.randn(1, 1, D).expand(300, 4, D))
     assert ys.abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.97, 1.0])
+def test_ones_come_as_often_as_they_should(p: float, dtype: torch.dtype) -> None:
+    ones = bernoulli((400, 500), p, dtype, torch.device("cpu"))
+    assert ones.dtype == dtype
+    assert set(ones.unique().tolist()) <= {0.0, 1.0}
+    assert abs(float(ones.double().mean()) - p) <= 5 * (p * (1 - p) / ones.numel()) ** 0.5
+    rows, columns = ones.double().mean(1), ones.double().mean(0)
+    assert float((rows - p).abs().max()) <= 6 * (p * (1 - p) / 500) ** 0.5
+    assert float((columns - p).abs().max()) <= 6 * (p * (1 - p) / 400) ** 0.5
+
+
+def test_dropout_is_that_of_pytorch_with_another_mask() -> None:
+    x = torch.randn(50, 40, dtype=torch.float64, requires_grad=True)
+    ours = Dropout(0.3)
+    assert ours.eval()(x) is x
+    torch.manual_seed(3)
+    y = ours.train()(x)
+    torch.manual_seed(3)
+    assert torch.equal(ours(x), y)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / 0.7)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, kept.double() / 0.7)
+    assert 0.6 < float(kept.double().mean()) < 0.8
+    assert not Dropout(1.0)(x).any()
+    assert Dropout(0.0)(x) is x or torch.equal(Dropout(0.0)(x), x)

@@ -345,6 +345,16 @@ class Ways(nn.Module):
         return (h, n, seen, n + seen, 2 * x, n + h), (h, n, seen)
 
 
+def test_the_last_state_of_a_sequence_without_steps_is_its_first() -> None:
+    state = tuple(torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    for backend in ("interpret", "llvm", "reference"):
+        _, last = elman.scan(Ways(), x, state, lengths=[4, 0, 2], backend=backend)
+        assert all(s.requires_grad for s in last)
+        (found,) = torch.autograd.grad(last[1].sum(), state[1])
+        torch.testing.assert_close(found, torch.tensor([0.5**4, 1, 0.25]).double()[:, None].expand(3, 3))
+
+
 @pytest.mark.parametrize("needs_x", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("backend", ["interpret", "llvm"])

@@ -152,7 +152,8 @@ class Unfold(torch.autograd.Function):
         extra = [] if call.chunk else kept_for(rule, kept)
         ctx.extra = len(extra)
         ctx.save_for_backward(*tensors, *extra, *(s for start in starts[1:] for s in start))
-        ctx.mark_non_differentiable(*[fresh[i] for i in call.compiled.without_gradient(ctx.needs_input_grad[1:])])
+        without = call.compiled.without_gradient(ctx.needs_input_grad[1:], call.ragged)
+        ctx.mark_non_differentiable(*[fresh[i] for i in without])
         return tuple(fresh)
 
     @staticmethod

@@ -89,7 +89,7 @@ class Compiled:
         self.invariant = compile_step(before, "invariant")
         self.trivial = all(y in before.weights for y in before.ys)
         self.taken = [before.weights.index(y) for y in before.ys] if self.trivial else []  # type: ignore[arg-type]
-        self._without: dict[tuple[bool, ...], list[int]] = {}
+        self._without: dict[tuple[tuple[bool, ...], bool], list[int]] = {}
         self._forward: dict[tuple[bool, bool], Runner] = {}
         self._derivatives: dict[tuple[tuple[bool, ...], tuple[bool, ...]], Differentiated | UnfoldError] = {}
 
@@ -98,12 +98,14 @@ class Compiled:
         """The forward program without a derivative: nothing is kept."""
         return partition(self.step)
 
-    def without_gradient(self, needs: tuple[bool, ...]) -> list[int]:
+    def without_gradient(self, needs: tuple[bool, ...], ragged: bool) -> list[int]:
         """Which of the ys and last states have no gradient, given which of xs, state, weights and draws need one."""
-        if needs not in self._without:
+        key = (needs, ragged)
+        if key not in self._without:
             needed = {i for i, need in enumerate(needs) if need}
-            self._without[needs] = [i for i, ends in enumerate(ends_of_gradients(self.step)) if not ends & needed]
-        return self._without[needs]
+            ends = ends_of_gradients(self.step, ragged)
+            self._without[key] = [i for i, some in enumerate(ends) if not some & needed]
+        return self._without[key]
 
     @cached_property
     def whole(self) -> Kernel:

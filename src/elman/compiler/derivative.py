@@ -284,13 +284,15 @@ def _slice(
     return part, env
 
 
-def ends_of_gradients(step: Step) -> list[frozenset[int]]:
+def ends_of_gradients(step: Step, ragged: bool) -> list[frozenset[int]]:
     """For each of the ys, then of the last states, which of xs, state and weights a gradient of it may flow to.
 
-    They are counted in this order. Over all steps: what a state is made of, its next one is made of too.
+    They are counted in this order. Over all steps: what a state is made of, its next one is made of too. In a
+    ``ragged`` batch there may be sequences without a step, whose last state is their first.
     """
     none: frozenset[int] = frozenset()
     ends = {node: frozenset([i]) for i, node in enumerate([*step.xs, *step.state, *step.weights])}
+    nexts = list(zip(step.state, step.next, strict=True))
     while True:
         found = dict(ends)
         for node in step.graph.nodes:
@@ -298,8 +300,15 @@ def ends_of_gradients(step: Step) -> list[frozenset[int]]:
             stops = node.target is aten.detach.default or (isinstance(value, Tensor) and not value.is_floating_point())
             if node.op == "call_function":
                 found[node] = none if stops else none.union(*(found.get(n, none) for n in node.all_input_nodes))
-        wider = {s: ends[s] | found.get(n, none) for s, n in zip(step.state, step.next, strict=True)}
+        wider = {s: ends[s] | found.get(n, none) for s, n in nexts}
         if all(ends[s] == wider[s] for s in wider):
-            whole = (n for n in (*step.ys, *step.next) if n is not None)
-            return [none if not n.meta["val"].is_floating_point() else found.get(n, none) for n in whole]
+            ys = [y for y in step.ys if y is not None]
+            reached = [
+                *(found.get(y, none) for y in ys),
+                *(wider[s] if ragged else found.get(n, none) for s, n in nexts),
+            ]
+            return [
+                some if n.meta["val"].is_floating_point() else none
+                for n, some in zip([*ys, *step.next], reached, strict=True)
+            ]
         ends |= wider

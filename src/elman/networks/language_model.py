@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..combinators import input_size, output_size, start, step
+from ..drawn import Dropout
 from ..errors import CellError, InputError
 from ..streaming import Stream
 from ..types import State
@@ -48,8 +49,8 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         self.cell = cell
-        self.dropout_input = nn.Dropout(dropout_input)
-        self.dropout_output = nn.Dropout(dropout_output)
+        self.dropout_input = Dropout(dropout_input)
+        self.dropout_output = Dropout(dropout_output)
         width = output_size(cell, embedding_size)
         with suppress(CellError):  # a cell that does not say what it reads
             if input_size(cell) != embedding_size:
