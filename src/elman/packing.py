@@ -71,6 +71,8 @@ class Rows:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(N, …) to (T, B, …), with zeros in the padding."""
+        if self.gather is None and self.steps == 1:
+            return packed.unsqueeze(0)
         rest = packed.shape[1:]
         if self.gather is None:
             return packed.reshape(self.steps, self.batch, *rest)
@@ -203,15 +205,17 @@ def extent(leaves: list[Any]) -> tuple[int, int]:
     """T and B of the leaves of xs, (T, B, …) or (T, 1, …). Raises InputError where they have none, or do not agree."""
     if not leaves:
         raise InputError("xs holds no tensor; scan needs at least one (T, B, …) tensor to know how far to unfold.")
+    shapes = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise InputError(f"every leaf of xs must be a tensor (T, B, …); got a {type(leaf).__name__}.")
-        if leaf.dim() < 2:
-            shape = tuple(leaf.shape)
-            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got {shape}. Add a batch dimension.")
-    steps, batch = leaves[0].shape[0], max(leaf.shape[1] for leaf in leaves)
-    if any(leaf.shape[0] != steps or leaf.shape[1] not in (1, batch) for leaf in leaves):
-        raise InputError(f"the leaves of xs must agree in T and B; got {[tuple(leaf.shape) for leaf in leaves]}.")
+        shape = leaf.shape
+        if len(shape) < 2:
+            raise InputError(f"every leaf of xs must be a tensor (T, B, …); got {tuple(shape)}. Add a batch dimension.")
+        shapes.append(shape)
+    steps, batch = shapes[0][0], max([shape[1] for shape in shapes])
+    if len(shapes) > 1 and any(shape[0] != steps or shape[1] not in (1, batch) for shape in shapes):
+        raise InputError(f"the leaves of xs must agree in T and B; got {[tuple(shape) for shape in shapes]}.")
     if steps == 0:
         raise InputError("xs has no steps (T = 0); there is nothing to unfold.")
     return steps, batch

@@ -27,13 +27,16 @@ def unfold(
     xs leaves are packed (N, …); state and constants leaves are (B, …), longest sequence first. Returns the
     packed outputs (N, …), the final state (B, …), and for every step the state leaves after it, (batch size, …).
     """
+    if rows.steps == 1 and rows.uniform:
+        ys_here, state = step(xs, state, constants)
+        return ys_here, state, [state]
     sizes = rows.batch_sizes
     times = [t for t in range(rows.steps) if sizes[t]] or [0]  # with no row at all, one empty step tells the shapes
     ys: list[list[Tensor]] = [[] for _ in range(rows.steps)]
     after: list[list[Tensor]] = [[] for _ in range(rows.steps)]
     for t in reversed(times) if reverse else times:
         n = sizes[t]
-        x = xs if rows.steps == 1 else [leaf[rows.offsets[t] : rows.offsets[t + 1]] for leaf in xs]
+        x = [leaf[rows.offsets[t] : rows.offsets[t + 1]] for leaf in xs]
         full = n == rows.batch
         here = state if full else [leaf[:n] for leaf in state]
         ys[t], after[t] = step(x, here, constants if full else [leaf[:n] for leaf in constants])
