@@ -20,7 +20,7 @@ def bernoulli(size: Sequence[int], p: float, dtype: torch.dtype, device: torch.d
     """
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device).bernoulli_(p)
-    return torch.rand(size, dtype=torch.float32, device=device).lt_(p).to(dtype)
+    return (torch.rand(size, dtype=torch.float32, device=device) < p).to(dtype)
 
 
 class Dropout(nn.Dropout):
@@ -28,7 +28,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…) → the same shape, each number zero with probability p, else over 1 - p; in evaluation x itself."""
-        if not (self.training and self.p and x.device.type == "cpu"):
+        if self.inplace or not (self.training and self.p and x.device.type == "cpu"):
             return super().forward(x)
         kept = 1 - self.p
         mask = bernoulli(x.shape, kept, x.dtype, x.device)

@@ -341,7 +341,7 @@ class Ways(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         h, n, seen = state
-        h, n, seen = torch.tanh(x + h @ self.w), 0.5 * n + 1, 0.9 * seen + h.detach()
+        h, n, seen = torch.tanh(x + h @ self.w), 0.5 * n + torch.ones_like(x), 0.9 * seen + h.detach()
         return (h, n, seen, n + seen, 2 * x, n + h), (h, n, seen)
 
 

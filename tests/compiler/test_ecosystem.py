@@ -225,6 +225,33 @@ def test_torch_compile_with_inductor() -> None:
     torch.testing.assert_close(fast(xs), model(xs))
 
 
+class Held(nn.Module):
+    """A recurrence that nothing flows back through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def initial_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(batch, 4, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(x @ self.w + h).detach()
+        return h, h
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_torch_compile_where_no_gradient_flows_back() -> None:
+    cell, head, xs = Held(), nn.Linear(4, 1), torch.randn(5, 3, 4)
+    fast = torch.compile(lambda xs: head(elman.scan(cell, xs)[0]).sum(), fullgraph=True, backend="aot_eager")
+    fast(xs).backward()
+    assert cell.w.grad is None or not cell.w.grad.any()
+    found = head.weight.grad
+    assert found is not None
+    (expected,) = torch.autograd.grad(head(elman.scan(cell, xs)[0]).sum(), head.weight)
+    torch.testing.assert_close(found, expected)
+
+
 # Wrappers of the module
 
 

@@ -18,6 +18,7 @@ from elman.combinators import Noise, VariationalDropout
 from elman.compiler import autograd, together
 from elman.compiler.llvm import sides, threads
 from elman.compiler.llvm.isa import host
+from elman.directions import scan_both
 from elman.errors import UnfoldWarning
 from elman.networks.bidirectional import Bidirectional
 
@@ -340,3 +341,20 @@ def test_several_threads_of_python_with_one_network() -> None:
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(one, range(12)):
             assert all(map(torch.equal, found, expected))
+
+
+def test_what_has_no_gradient_alone_has_none_beside_another(sided: list[int]) -> None:
+    """Whether a result asks for a gradient is the same for any number of threads."""
+
+    class Detached(elman.GRUCell):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            _, h = super().forward(x, h)
+            return h, h.detach()
+
+    xs = torch.randn(STEPS, BATCH, D)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for y, last in scan_both(Detached(D, H), Detached(D, H), xs):
+            assert y.requires_grad
+            assert not last.requires_grad
+    assert sided

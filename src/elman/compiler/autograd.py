@@ -75,6 +75,10 @@ class Call:
         found = [piece for piece in found if piece[0].total] or found[:1]
         return found[::-1] if self.reverse else found
 
+    def without_gradient(self, needs: Sequence[bool], results: list[Tensor]) -> list[Tensor]:
+        """Those of its results, ys and last states, that no gradient flows through to what needs one."""
+        return [results[i] for i in self.compiled.without_gradient(tuple(needs), self.ragged)]
+
     def play(self, runner: Runner, rows: Rows, reverse: bool, *parts: list[Tensor]) -> Any:
         """Run generated code over some of the rows."""
         if self.kernels:
@@ -152,8 +156,7 @@ class Unfold(torch.autograd.Function):
         extra = [] if call.chunk else kept_for(rule, kept)
         ctx.extra = len(extra)
         ctx.save_for_backward(*tensors, *extra, *(s for start in starts[1:] for s in start))
-        without = call.compiled.without_gradient(ctx.needs_input_grad[1:], call.ragged)
-        ctx.mark_non_differentiable(*[fresh[i] for i in without])
+        ctx.mark_non_differentiable(*call.without_gradient(ctx.needs_input_grad[1:], fresh))
         return tuple(fresh)
 
     @staticmethod

@@ -297,7 +297,11 @@ def ends_of_gradients(step: Step, ragged: bool) -> list[frozenset[int]]:
         found = dict(ends)
         for node in step.graph.nodes:
             value = node.meta.get("val")
-            stops = node.target is aten.detach.default or (isinstance(value, Tensor) and not value.is_floating_point())
+            stops = (
+                node.target is aten.detach.default
+                or (isinstance(value, Tensor) and not value.is_floating_point())
+                or "_like." in str(node.target)  # all that it reads is a shape
+            )
             if node.op == "call_function":
                 found[node] = none if stops else none.union(*(found.get(n, none) for n in node.all_input_nodes))
         wider = {s: ends[s] | found.get(n, none) for s, n in nexts}

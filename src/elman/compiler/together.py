@@ -130,16 +130,17 @@ class Together(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, calls: Sequence[Call], rules: list[Differentiated], *tensors: Tensor) -> tuple[Any, ...]:
-        given = _cut(tensors, [sum(call.counts) for call in calls])
+        counts = [sum(call.counts) for call in calls]
+        given, needs = _cut(tensors, counts), _cut(ctx.needs_input_grad[2:], counts)
         each = zip(calls, rules, given, strict=True)
         found = _at_once([_bound(run_forward, call, rule, call.parts(own)) for call, rule, own in each])
         kept = [kept_for(rule, values) for rule, (_, _, values, _) in zip(rules, found, strict=True)]
         fresh = [apart([*ys, *final], own) for own, (ys, final, _, _) in zip(given, found, strict=True)]
         ctx.calls, ctx.rules, ctx.kept = calls, rules, [len(each) for each in kept]
         ctx.save_for_backward(*tensors, *(value for each in kept for value in each))
-        flat = tuple(value for each in fresh for value in each)
-        ctx.mark_non_differentiable(*(value for value in flat if not value.is_floating_point()))
-        return flat
+        without = (call.without_gradient(need, own) for call, need, own in zip(calls, needs, fresh, strict=True))
+        ctx.mark_non_differentiable(*(value for each in without for value in each))
+        return tuple(value for each in fresh for value in each)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

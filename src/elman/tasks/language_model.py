@@ -364,10 +364,12 @@ def _costs(model: LanguageModel, ids: np.ndarray, batch: int, config: Config, de
     """−log p of the targets of each window, (T, B)."""
     model.eval()
     state: State = None
+    # A model may be evaluated elsewhere than where it was trained.
+    backend = "auto" if device.type != "cpu" and config.machine.backend == "llvm" else config.machine.backend
     with torch.no_grad():
         for part in evaluation_windows(ids, batch, config.data.window, device=device):
             begun = None if part.fresh else state
-            logits, state = model(part.inputs, begun, backend=config.machine.backend)
+            logits, state = model(part.inputs, begun, backend=backend)
             flat = F.cross_entropy(_wide(logits.flatten(0, 1)), part.targets.flatten(), reduction="none")
             yield flat.view(part.targets.shape)
 
