@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from ..drawn import bernoulli
 from ..errors import UnsupportedError
 from .step import Step, batch_multiple, location
 
@@ -79,8 +78,6 @@ def _recipe(node: fx.Node) -> Callable[[int, torch.device], Tensor]:
 
     def draw(rows: int, where: torch.device | None = None) -> Tensor:
         size = (rows, *shape)
-        if op is aten.bernoulli.p:
-            return bernoulli(size, node.args[1], dtype, where or device)  # type: ignore[arg-type]
         if base:
             return getattr(torch, base)(size, dtype=dtype, device=where or device, **values)
         if like:
