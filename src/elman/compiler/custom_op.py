@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -194,9 +195,11 @@ def _unfold_backward(
         outs, _ = _call(inputs, lengths, counts, number, steps, batch, reverse, chunk, draws)
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        heads, tails = zip(*pairs, strict=True) if pairs else ((), ())
-        some = torch.autograd.grad(heads, wanted, tails, allow_unused=True) if pairs else (None,) * len(wanted)
-        found = iter(some)
+        gradients: Sequence[Tensor | None] = [None] * len(wanted)
+        if pairs:
+            heads, tails = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(heads, wanted, tails, allow_unused=True)
+    found = iter(gradients)
     result = []
     for t, need in zip(tensors, needs, strict=True):
         g = next(found) if need else None

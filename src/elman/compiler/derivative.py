@@ -35,6 +35,12 @@ _VIEWS = {
 }  # fmt: skip
 
 
+_SHAPES = {
+    aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.empty_like.default,
+}  # fmt: skip
+"""Operations that read nothing of a value but its shape."""
+
+
 @dataclass
 class Derivative:
     """A forward step that keeps what its adjoint reads, and that adjoint step.
@@ -300,7 +306,7 @@ def ends_of_gradients(step: Step, ragged: bool) -> list[frozenset[int]]:
             stops = (
                 node.target is aten.detach.default
                 or (isinstance(value, Tensor) and not value.is_floating_point())
-                or "_like." in str(node.target)  # all that it reads is a shape
+                or node.target in _SHAPES
             )
             if node.op == "call_function":
                 found[node] = none if stops else none.union(*(found.get(n, none) for n in node.all_input_nodes))

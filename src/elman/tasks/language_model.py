@@ -311,7 +311,9 @@ class TrainedLanguageModel:
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """−log p in nats of each symbol of a tokenised text given all before it, (N − 1,)."""
-        return torch.cat([costs.flatten() for costs in _costs(self.model, ids, 1, self.config, self.device)]).numpy()
+        with arithmetic(self.config.machine, self.device):
+            costs = [window.flatten() for window in _costs(self.model, ids, 1, self.config, self.device)]
+        return torch.cat(costs).numpy()
 
 
 def evaluate(model: LanguageModel, ids: np.ndarray, config: Config, device: torch.device) -> tuple[float, int]:

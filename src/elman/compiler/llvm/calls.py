@@ -19,7 +19,24 @@ from torch import Tensor
 
 from ...cachefolder import cache_directory
 from . import engine, threads
-from .code import BYTE, F32, F64, I16, I64, PTR, VOID, at, counted, folded, function, intrinsic, load, store, vector
+from .code import (
+    BYTE,
+    F32,
+    F64,
+    I16,
+    I64,
+    PTR,
+    VOID,
+    at,
+    counted,
+    folded,
+    function,
+    intrinsic,
+    load,
+    share,
+    store,
+    vector,
+)
 from .entry import barrier, exported
 from .isa import Isa, host
 from .memory import from_memory
@@ -151,7 +168,7 @@ def _converted(
         to, origin = (load(b, at(b, words, 8 * i), PTR) for i in (0, 1))
         count, lanes = load(b, at(b, words, 16), I64), isa.lanes(32)
         vectors = b.udiv(count, I64(lanes))
-        first, end = (b.udiv(b.mul(vectors, n), threads_) for n in (thread, b.add(thread, I64(1))))
+        first, end = share(b, vectors, thread, threads_)
 
         def one(n: ir.Value, lanes: int | None) -> None:
             kinds = [kind if lanes is None else vector(kind, lanes) for kind in (source, goal)]

@@ -10,8 +10,8 @@ from llvmlite import ir
 
 __all__ = [
     "BF16", "BOOL", "BYTE", "F32", "F64", "I16", "I32", "I64", "PTR", "VOID", "at", "constant", "counted", "folded",
-    "function", "intrinsic", "lanes_below", "load", "masked_load", "masked_store", "scalar_of", "select", "splat",
-    "store", "suffix", "vector",
+    "function", "intrinsic", "lanes_below", "load", "masked_load", "masked_store", "scalar_of", "select", "share",
+    "splat", "store", "suffix", "vector",
 ]  # fmt: skip
 
 
@@ -190,3 +190,8 @@ def folded(
         phi.add_incoming(later, end)
         results.append(phi)
     return results
+
+
+def share(b: ir.IRBuilder, count: ir.Value, part: ir.Value, parts: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first and the end of what one of so many threads takes."""
+    return b.udiv(b.mul(count, part), parts), b.udiv(b.mul(count, b.add(part, I64(1))), parts)

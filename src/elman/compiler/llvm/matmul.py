@@ -32,7 +32,7 @@ from torch import Tensor
 from ...cachefolder import cache_directory
 from ...errors import InputError, OptionError, UnsupportedError
 from . import calls, engine, threads
-from .code import BF16, F32, F64, I64, PTR, VOID, at, counted, function, intrinsic, load
+from .code import BF16, F32, F64, I64, PTR, VOID, at, counted, function, intrinsic, load, share
 from .entry import BARRIER_BYTES, barrier, exported
 from .isa import Isa, chosen
 from .numeric import Numeric, numeric
@@ -317,7 +317,7 @@ def _module(form: _Form, isa: Isa) -> ir.Module:
     w = {name: load(b, at(b, args, 8 * i), PTR if i in _POINTERS else I64) for i, name in enumerate(_WORDS)}
     zero = I64(0)
     split = any_columns(b, isa, kind, w["columns"])
-    first, last = _share(b, split.count, thread, total)
+    first, last = share(b, split.count, thread, total)
     size = [w["k"], w["columns"]]
     b.call(
         pack(module, isa, kind, source=source),
@@ -327,7 +327,7 @@ def _module(form: _Form, isa: Isa) -> ir.Module:
     by_panels = b.icmp_signed("!=", w["by_panels"], zero)
     first, last = b.select(by_panels, first, zero), b.select(by_panels, last, split.count)
     tiles = b.udiv(b.add(w["rows"], I64(height - 1)), I64(height))
-    begin, end = (b.mul(tile, I64(height)) for tile in _share(b, tiles, thread, total))
+    begin, end = (b.mul(tile, I64(height)) for tile in share(b, tiles, thread, total))
     begin = b.select(by_panels, zero, begin)
     end = b.select(by_panels, w["rows"], intrinsic(b, "llvm.smin.i64", I64, [end, w["rows"]]))
     packs, narrows = (b.icmp_signed("!=", w[n], zero) for n in ("tile_stride", "narrowed_stride"))
@@ -377,8 +377,3 @@ def _module(form: _Form, isa: Isa) -> ir.Module:
     b.ret_void()
     exported(body, "multiply", isa)
     return module
-
-
-def _share(b: ir.IRBuilder, count: ir.Value, part: ir.Value, parts: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The first and the end of what one of so many threads takes."""
-    return b.udiv(b.mul(count, part), parts), b.udiv(b.mul(count, b.add(part, I64(1))), parts)
