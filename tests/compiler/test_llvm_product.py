@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache, partial
 from itertools import product as pairs
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 pytest.importorskip("llvmlite")
 
 from llvmlite import ir
+from tile_unit import AMX, present, tiles_in_software, usable
 
 from elman.compiler.llvm import engine
 from elman.compiler.llvm.code import BF16, F32, F64
@@ -42,7 +44,7 @@ DTYPES: dict[str, Any] = {"f32": np.float32, "f64": np.float64, "bf16": np.float
 POISON = -7.0e11
 NO_ACCESS = 0  # PROT_NONE
 
-RUNNABLE = runnable()
+RUNNABLE = (*([AMX] if usable() and not present() else []), *runnable())
 WITH_PAIRS = [isa for isa in ISAS.values() if isa.dot]
 # What has instructions for pairs runs the others as its lesser neighbour does: see the test of just that.
 MODES = [(isa, kind) for isa, kind in pairs(RUNNABLE, KINDS) if kind == "bf16" or not isa.dot]
@@ -55,6 +57,12 @@ _PRODUCT = ctypes.CFUNCTYPE(None, _P, _I64, _P, _I64, _P, _I64, _P, _I64, _I64, 
 _PACK = ctypes.CFUNCTYPE(None, _P, _P, _I64, _I64, _I64, _I64)
 _ROWS = ctypes.CFUNCTYPE(None, _P, _I64, _P, _I64, _I64, _I64)
 _LEFT = ctypes.CFUNCTYPE(None, _P, _I64, _P, _I64, _I64, _I64, _I64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tiles() -> Iterator[None]:
+    with tiles_in_software() if usable() else nullcontext():
+        yield
 
 
 @cache

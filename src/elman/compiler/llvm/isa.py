@@ -5,8 +5,10 @@ Everything else is written for vectors of some width and some number of register
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +16,7 @@ from llvmlite import binding as llvm
 
 from ...errors import OptionError
 
-__all__ = ["DOTS", "ISAS", "MODES", "Dot", "Isa", "Mode", "chosen", "host", "runnable"]
+__all__ = ["DOTS", "ISAS", "MODES", "Dot", "Isa", "Mode", "Unit", "chosen", "host", "runnable"]
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,52 @@ class Dot:
 
     ``multiply``: (sums, pairs, pairs) gives the float32 sums, to each of which both products of a pair are added.
     ``narrow``: by lanes, what gives so many float32 rounded to nearest even, as bfloat16.
-    Both take denormal numbers for zero and give zero for them, whatever the mode says.
+    Both take denormal numbers for zero and give zero for them, whatever the mode says. ``unit``: the matrix unit that
+    multiplies in place of ``multiply``, where there is one.
     """
 
     multiply: str
     narrow: tuple[tuple[int, str], ...]
+    unit: Unit | None = None
 
+
+@dataclass(frozen=True)
+class Unit:
+    """A matrix unit: registers that hold tiles, so many ``rows`` of so many ``bytes``, and its intrinsics.
+
+    ``configure`` takes the address of the shapes of the tiles (see ``tiles``), without which there are none, until
+    ``release``. ``load`` and ``store`` take a tile, an address and the bytes from row to row. ``multiply`` takes three
+    tiles: to the float32 sums in the first it adds the second, rows of pairs, by the third, pairs of rows. ``feature``
+    is the number by which Linux is asked for the memory that the tiles need whenever a thread is interrupted.
+    """
+
+    rows: int
+    bytes: int
+    configure: str
+    release: str
+    load: str
+    store: str
+    multiply: str
+    feature: int
+
+
+_NARROW_512 = (
+    (16, "llvm.x86.avx512bf16.cvtneps2bf16.512"),
+    (8, "llvm.x86.avx512bf16.cvtneps2bf16.256"),
+)
+_DPBF16 = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 DOTS = {
-    "avx512bf16": Dot(
-        "llvm.x86.avx512bf16.dpbf16ps.512",
-        ((16, "llvm.x86.avx512bf16.cvtneps2bf16.512"), (8, "llvm.x86.avx512bf16.cvtneps2bf16.256")),
+    "avx512bf16": Dot(_DPBF16, _NARROW_512),
+    "amx": Dot(
+        _DPBF16,
+        _NARROW_512,
+        Unit(
+            16, 64, "llvm.x86.ldtilecfg", "llvm.x86.tilerelease", "llvm.x86.tileloadd64", "llvm.x86.tilestored64",
+            "llvm.x86.tdpbf16ps", 18,
+        ),
     ),
-}
-"""A matrix unit (AMX: TDPBF16PS) would be one row more. It reads weights as they lie here: a panel is a matrix of pairs
-whose rows are as long as the panel is wide, 16 of them by one vector are one tile register, and so are 16 rows of a
-``left`` that was narrowed. Besides the name of its multiplication such a row needs a micro-kernel whose sums are tiles
-(32 rows by 2 vectors), the permission of the system, once for a process, and in every thread the shapes of its tiles:
-set before the body of what ``entry.exported`` makes, released after it."""
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,10 @@ ISAS = {
     isa.name: isa
     for isa in (
         Isa(
+            "amx", _X86, "x86-64-v4", f"{_WIDE},+avx512bf16,+amx-tile,+amx-bf16", 64, 32, "mxcsr", _MXCSR, _PAUSE,
+            (8, 2), (32, 4), (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"), "amx",
+        ),
+        Isa(
             "avx512bf16", _X86, "x86-64-v4", f"{_WIDE},+avx512bf16", 64, 32, "mxcsr", _MXCSR, _PAUSE, (8, 2), (6, 2),
             (*_AVX512, "avx512bf16"), "avx512bf16",
         ),
@@ -126,7 +160,23 @@ def runnable() -> tuple[Isa, ...]:
     if machine not in ("x86_64", "amd64"):
         return ()
     has = llvm.get_host_cpu_features()
-    return tuple(isa for isa in ISAS.values() if isa.triple == _X86 and all(has.get(name) for name in isa.needs))
+    return tuple(
+        isa
+        for isa in ISAS.values()
+        if isa.triple == _X86 and all(has.get(name) for name in isa.needs) and _permitted(DOTS.get(isa.dot))
+    )
+
+
+_ARCH_PRCTL, _REQUEST_PERMISSION = 158, 0x1023
+
+
+def _permitted(dot: Dot | None) -> bool:
+    """Whether the system lets this process use the matrix unit, if that needs one: asked for, and kept after a fork."""
+    if dot is None or dot.unit is None:
+        return True
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, dot.unit.feature) == 0
 
 
 def host() -> Isa | None:

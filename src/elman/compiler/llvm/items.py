@@ -36,6 +36,7 @@ class Buffer:
     role: str = "scratch"  # or input, spent (an input that is overwritten), state, output, sum
     number: int = 0  # which of its role
     slot: Slot | None = None  # of a state in a ring
+    filled: bool = False  # scratch that is zero where nothing is written
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,14 @@ from ..program import Loop
 from ..step import Step
 from . import calls, engine, threads
 from .body import body_of
+from .code import BF16
 from .entry import BARRIER_BYTES
 from .generate import WORDS, generate, packed_sizes
 from .inplace import Placed, place
 from .isa import Isa, chosen
 from .items import Buffer, Lowered, Map, Product, buffers_of
 from .lower import lower
+from .numeric import numeric
 from .overtime import areas
 from .piecewise import passes
 from .rings import Rings
@@ -161,6 +163,8 @@ class Bound:
             for buffer in kernel.lowered.buffers:
                 if buffer.role == "scratch":
                     words += (free.pop(0), _row_bytes(buffer))
+                    if buffer.filled:
+                        calls.clear(words[-2], rows.batch * words[-1])
                 elif buffer.role == "sum":
                     words += (self.partial[buffer].data_ptr(), _row_bytes(buffer))
                 elif buffer.slot is not None:
@@ -283,9 +287,9 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
     if any(n.meta["val"].device.type != "cpu" for n in step.state):
         raise UnsupportedError("machine code is for tensors on the CPU.")
     read = (n for node in loop.nodes for n in (node, *node.all_input_nodes))
-    narrow = {v.dtype for n in read if isinstance(v := n.meta["val"], Tensor) and v.is_floating_point()} - _FLOATS
-    if narrow:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
+    others = {v.dtype for n in read if isinstance(v := n.meta["val"], Tensor) and v.is_floating_point()} - _FLOATS
+    if others:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
         raise PrecisionError(f"machine code takes float32, float64 and bfloat16; the step has {names}.")
     nexts = [step.next[i] for i in loop.carried]
     outputs = list(dict.fromkeys([*nexts, *stored]))
@@ -299,8 +303,8 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
             raise UnsupportedError("a state that nothing reads")
     carried = {step.state[i] for i in loop.carried}
     varying = {n for n in body.outside if is_varying(n) and n not in carried}
-    pairs = {torch.bfloat16, *([torch.float32] if step.precision == "medium" else [])} if isa.dot else set()
-    lowered = lower(body, states, list(stored), varying, pairs)
+    narrow = {torch.bfloat16, *([torch.float32] if step.precision == "medium" else [])} if isa.dot else set()
+    lowered = lower(body, states, list(stored), varying, dict.fromkeys(narrow, numeric(isa, BF16).whole))
     handed = {*step.ys, *step.next}  # to the user, who may change it in place: it has memory of its own
     placed = place(lowered, {body.outside.index(n): n for n in spent}, [None if n in handed else n for n in stored])
     return Kernel(lowered, body.outside, placed, isa)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,16 +39,16 @@ def lower(
     states: dict[fx.Node, int],
     stored: Sequence[fx.Node],
     varying: set[fx.Node],
-    pairs: Set[torch.dtype] = frozenset(),
+    pairs: Mapping[torch.dtype, int] | None = None,
 ) -> Lowered:
     """The items of a loop's step.
 
     ``states`` are inputs of the body that it replaces: by the result of that index. The results of the nodes in
     ``stored`` (nodes of the step) are written for every row and step. ``varying`` are inputs that differ from step to
-    step. ``pairs`` are the types whose products are of pairs of bfloat16. Raises UnsupportedError for what has no place
-    in a kernel, with the user's line.
+    step. ``pairs`` are the types whose products are of pairs of bfloat16, with how many k such a product multiplies at
+    once. Raises UnsupportedError for what has no place in a kernel, with the user's line.
     """
-    return _Lowering(body, states, stored, varying, pairs).run()
+    return _Lowering(body, states, stored, varying, pairs or {}).run()
 
 
 class _Lowering(Products, Ends):

@@ -251,14 +251,15 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
     item, wide = out.element_size(), form.sums.itemsize
     (rows, k), columns = left.shape, right.shape[1]
     lanes, (height, vectors_of_tile) = mode.lanes(isa), mode.tile
-    depth = _even_part(k, depth_of(isa, mode.kind), 8 * mode.group)
+    depth = _even_part(k, depth_of(isa, mode.kind), max(8 * mode.group, mode.whole))
     width = _even_part(columns, max(_RIGHT_BYTES // (depth * form.mode.itemsize), 1), vectors_of_tile * lanes)
     count = 1 if 2 * rows * columns * k < _WORK_TO_SHARE else threads.count()
     vectors = -(-width // lanes)
     by_panels = count > 1 and -(-rows // height) < min(4 * count, -(-vectors // vectors_of_tile))
     tile_stride, narrowed_stride = _of_left(left, form, mode, depth)
     together = min(rows, _ROWS)
-    left_bytes = -(-together // height) * tile_stride + together * narrowed_stride
+    tiles = together if mode.unit else -(-together // height)
+    left_bytes = tiles * tile_stride + together * narrowed_stride
     right_bytes = lined(mode.elements(depth) * vectors * isa.bytes)
     zero_bytes = lined(width * wide) if init is None else 0
     sums_bytes = together * _PANELS * vectors_of_tile * isa.bytes if form.rounds else 0
@@ -290,12 +291,12 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
 def _of_left(left: Tensor, form: _Form, mode: Numeric, depth: int) -> tuple[int, int]:
     """The bytes from tile to tile if ``left`` is packed, from row to row if it is narrowed; both 0 if it is read as is.
 
-    As it is it must have the elements of its mode side by side, all of them whole.
+    As it is it must have the elements of its mode side by side, all of them whole. A matrix unit has rows for tiles.
     """
     k, size = left.shape[1], mode.elements(depth) * mode.left.size
     if left.stride(1) != 1 and k > 1:
-        return lined(size * mode.tile[0]) + LINE, 0
-    if mode.group == 1 or (mode.dot and form.operand == form.mode and k % mode.group == 0):
+        return lined(size * (1 if mode.unit else mode.tile[0])) + LINE, 0
+    if mode.group == 1 or (mode.dot and form.operand == form.mode and k % mode.whole == 0):
         return 0, 0
     return 0, lined(size) + LINE
 
@@ -333,7 +334,8 @@ def _module(form: _Form, isa: Isa) -> ir.Module:
     packs, narrows = (b.icmp_signed("!=", w[n], zero) for n in ("tile_stride", "narrowed_stride"))
     moved = b.or_(packs, narrows)
     room = at(b, w["scratch"], b.mul(thread, w["scratch_bytes"]))
-    kept_stride = b.select(packs, I64(mode.left.size), b.select(narrows, w["narrowed_stride"], w["left_stride"]))
+    packed_stride = w["tile_stride"] if mode.unit else I64(mode.left.size)
+    kept_stride = b.select(packs, packed_stride, b.select(narrows, w["narrowed_stride"], w["left_stride"]))
     kept_step = b.select(packs, I64(height * mode.left.size), I64(mode.left.size))
     with counted(b, begin, end, _ROWS, name="rows") as row:
         rows = intrinsic(b, "llvm.smin.i64", I64, [I64(_ROWS), b.sub(end, row)])

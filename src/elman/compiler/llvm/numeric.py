@@ -7,6 +7,7 @@ packed, what such an element is, and how a micro-kernel gets from elements to su
 |---|---|---|---|---|
 | F32, F64 | as they are | the same | 1 | fused multiply-add |
 | BF16, with ``isa.dot`` | rounded to bfloat16 | float32 | 2, a word of two halves | the instruction for pairs |
+| BF16, with its ``unit`` | rounded to bfloat16 | float32 | 2, and 16 elements together | the matrix unit (``tiles``) |
 | BF16, without | rounded to bfloat16 | float32 | 2 | widened to float32: fused multiply-add of either half |
 
 Without the instruction a weight is packed to bfloat16 all the same, half the bytes to read, and widened by a shift once
@@ -26,7 +27,7 @@ from functools import lru_cache
 from llvmlite import ir
 
 from .code import BF16, F32, F64, I16, I32, I64, at, constant, intrinsic, load, splat, suffix, vector
-from .isa import DOTS, Dot, Isa
+from .isa import DOTS, Dot, Isa, Unit
 
 __all__ = ["Cell", "Numeric", "numeric", "rounded"]
 
@@ -109,9 +110,25 @@ class Numeric:
         """How many k one element has."""
         return self.weight.group
 
+    @property
+    def unit(self) -> Unit | None:
+        """The matrix unit that multiplies, if one does."""
+        return self.dot.unit if self.dot else None
+
+    @property
+    def whole(self) -> int:
+        """How many k are multiplied at once: what is packed is filled up to a multiple of it with zeros."""
+        return self.unit.bytes // self.weight.size * self.group if self.unit else self.group
+
     def elements(self, k: int) -> int:
-        """How many elements so many k are."""
-        return -(-k // self.group)
+        """How many elements so many k are, filled up."""
+        return -(-k // self.whole) * (self.whole // self.group)
+
+    def elements_of(self, b: ir.IRBuilder, k: ir.Value) -> ir.Value:
+        """The same, for a number that is known only when it runs."""
+        together = self.whole // self.group
+        elements = b.udiv(b.add(k, I64(self.whole - 1)), I64(self.whole)) if self.whole > 1 else k
+        return b.mul(elements, I64(together)) if together > 1 else elements
 
     def lanes(self, isa: Isa) -> int:
         """Sums, and elements of a weight, in one vector."""

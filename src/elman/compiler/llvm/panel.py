@@ -2,10 +2,11 @@
 
 W (K, N) is packed into *panels* of a few vectors of columns: the K rows of a panel lie one after the other, so that a
 product reads its weights in the order in which they lie. What lies there are *elements* of the numeric mode: numbers,
-or pairs of neighbouring k. Of an odd K the last element is filled up with zero.
+or pairs of neighbouring k. K is filled up with zeros to as many as are multiplied at once (``Numeric.whole``).
 
 ``left`` is read as it lies where its rows are elements already. Where a mode rounds them, ``narrow`` makes such rows of
-others, once for each product; for a product of many rows ``pack_left`` makes tiles of them.
+others, once for each product; for a product of many rows ``pack_left`` makes tiles of them, but for a matrix unit,
+which takes rows: for it ``pack_left`` makes such rows of a left that lies otherwise.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .code import (
     vector,
 )  # fmt: skip
 from .isa import Isa
-from .numeric import Cell, numeric
+from .numeric import Cell, Numeric, numeric
 
 __all__ = [
     "ANY", "Columns", "Tile", "any_columns", "ceil", "columns_of", "full_tiles", "internal", "left_bytes", "mask_below",
@@ -113,7 +114,8 @@ def pack(
         split = any_columns(b, isa, kind, width_of_all)
     else:
         length, width_of_all, split = I64(k), I64(columns), columns_of(columns, isa, kind)
-    bytes_of_vector = b.mul(ceil(b, length, mode.group), I64(isa.bytes))
+    written, elements = ceil(b, length, mode.group), mode.elements_of(b, length)
+    bytes_of_vector = b.mul(elements, I64(isa.bytes))
     with counted(b, first_panel, last_panel, name="panel") as panel:
         start, width = split.place(b, panel)
         target = at(b, packed, b.mul(start, bytes_of_vector))
@@ -122,8 +124,12 @@ def pack(
             there = intrinsic(b, "llvm.smin.i64", I64, [I64(lanes), b.sub(width_of_all, column)])
             step = b.mul(width, I64(isa.bytes))
             origin = at(b, weight, b.mul(column, column_stride))
-            arguments = [at(b, target, b.mul(strip, I64(isa.bytes))), step, origin, k_stride, column_stride, length]
+            goal = at(b, target, b.mul(strip, I64(isa.bytes)))
+            arguments = [goal, step, origin, k_stride, column_stride, length]
             b.call(_pack_strip(module, mode.weight, lanes), [*arguments, there])
+            if mode.whole > mode.group:
+                with counted(b, written, elements, name="fill") as i:
+                    store(b, constant(vector(mode.weight.kind, lanes), 0), at(b, goal, b.mul(i, step)))
     b.ret_void()
     return made
 
@@ -136,8 +142,12 @@ def pack_left(module: ir.Module, isa: Isa, kind: ir.Type, source: ir.Type | None
     Strides are bytes of any value: from tile to tile of what is packed, ``left_bytes`` times the rows of a tile at
     least, and of ``left`` from row to row and from k to k. For ``product`` the packed rows are one element apart, and
     the elements of a row as many as a tile has rows. ``source`` is as for ``pack``.
+
+    For a matrix unit it makes rows as ``narrow`` does, ``tile_stride`` bytes from row to row.
     """
     mode = numeric(isa, kind, source)
+    if mode.unit:
+        return _turned_rows(module, isa, mode)
     cell, height = mode.left, mode.tile[0]
     made = internal(module, f"pack.{cell.name}.left", [PTR, I64, PTR, I64, I64, I64, I64])
     if made.blocks:
@@ -179,36 +189,74 @@ def narrow(module: ir.Module, isa: Isa, kind: ir.Type, source: ir.Type | None = 
     Strides are bytes from row to row; the numbers of a row are neighbours. Every row is worked on alone, so that it is
     the same whoever does it. ``source`` is as for ``pack``.
     """
-    return _rows_of_cells(module, isa, numeric(isa, kind, source).left, True)
+    mode = numeric(isa, kind, source)
+    return _rows_of_cells(module, isa, mode.left, mode.whole)
 
 
 def rows_narrowed(module: ir.Module, isa: Isa, kind: ir.Type) -> ir.Function:
     """The function that rounds rows of the sums of a kind to rows of the kind itself: as ``narrow``, nothing added."""
-    return _rows_of_cells(module, isa, numeric(isa, kind, numeric(isa, kind).sums).weight, False)
+    return _rows_of_cells(module, isa, numeric(isa, kind, numeric(isa, kind).sums).weight, 1)
 
 
-def _rows_of_cells(module: ir.Module, isa: Isa, cell: Cell, filled: bool) -> ir.Function:
-    """Rows of numbers to rows of what of an element they become, ``filled`` up to whole elements with zeros."""
-    made = internal(module, f"rows.{cell.name}" + (".filled" if filled else ""), [PTR, I64, PTR, I64, I64, I64])
+def _rows_of_cells(module: ir.Module, isa: Isa, cell: Cell, whole: int) -> ir.Function:
+    """Rows of numbers to rows of what of an element they become, filled up with zeros to a multiple of ``whole``."""
+    made = internal(module, f"rows.{cell.name}" + (".filled" if whole > 1 else ""), [PTR, I64, PTR, I64, I64, I64])
     if made.blocks:
         return made
     out, out_stride, rows, rows_stride, count, k = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
     lanes = isa.lanes(32)
-    whole, bits = vector(cell.source, lanes), cell.part // 8
+    numbers_of, size = vector(cell.source, lanes), cell.part // 8
     in_vectors = b.and_(k, I64(-lanes))
-    rest = b.sub(k, in_vectors)
-    present = mask_below(b, rest, lanes)
-    written = mask_below(b, b.mul(ceil(b, rest, cell.group), I64(cell.group)), lanes) if filled else present
+    filled = b.mul(ceil(b, k, whole), I64(whole))
     with counted(b, 0, count, name="row") as row:
         target, source = at(b, out, b.mul(row, out_stride)), at(b, rows, b.mul(row, rows_stride))
         with counted(b, 0, in_vectors, lanes) as i:
-            numbers = load(b, at(b, source, b.mul(i, I64(cell.item))), whole)
-            store(b, cell.parts(b, numbers), at(b, target, b.mul(i, I64(bits))))
-        with b.if_then(b.icmp_signed("!=", rest, I64(0))):
-            numbers = masked_load(b, at(b, source, b.mul(in_vectors, I64(cell.item))), whole, present)
-            place = at(b, target, b.mul(in_vectors, I64(bits)))
-            masked_store(b, cell.parts(b, numbers), place, written)
+            numbers = load(b, at(b, source, b.mul(i, I64(cell.item))), numbers_of)
+            store(b, cell.parts(b, numbers), at(b, target, b.mul(i, I64(size))))
+        with counted(b, in_vectors, filled, lanes, name="rest") as i:
+            there = intrinsic(b, "llvm.smax.i64", I64, [b.sub(k, i), I64(0)])
+            present, written = mask_below(b, there, lanes), mask_below(b, b.sub(filled, i), lanes)
+            numbers = masked_load(b, at(b, source, b.mul(i, I64(cell.item))), numbers_of, present)
+            masked_store(b, cell.parts(b, numbers), at(b, target, b.mul(i, I64(size))), written)
+    b.ret_void()
+    return made
+
+
+def _turned_rows(module: ir.Module, isa: Isa, mode: Numeric) -> ir.Function:
+    """``pack_left`` for a matrix unit: rows filled up as ``narrow`` fills them, from a left of any strides."""
+    cell, side = mode.left, _SQUARE
+    made = internal(module, f"pack.{cell.name}.rows", [PTR, I64, PTR, I64, I64, I64, I64])
+    if made.blocks:
+        return made
+    packed, row_stride, left, left_stride, left_step, rows, length = made.args
+    b = ir.IRBuilder(made.append_basic_block("entry"))
+    size = I64(cell.size)
+    neighbours = b.icmp_signed("==", left_stride, I64(cell.item))
+    squares_down = b.select(neighbours, b.and_(rows, I64(-side)), I64(0))
+    squares_along = b.and_(b.udiv(length, I64(cell.group)), I64(-side))
+    # A few k of all rows before the next ones: what lies side by side is read together.
+    with counted(b, 0, squares_along, side, name="k") as i, counted(b, 0, squares_down, side, name="rows") as row:
+        origin = at(b, left, b.mul(row, left_stride))
+        lines = []
+        for further in range(side):
+            places = _numbers_at(b, cell, origin, left_step, b.add(i, I64(further)), cell.group)
+            lines.append(_across(b, cell, places, side))
+        goal = at(b, at(b, packed, b.mul(row, row_stride)), b.mul(i, size))
+        for line, place in zip(_transposed(b, lines), rows_at(b, goal, row_stride, side), strict=True):
+            store(b, line, place)
+    for first, end, present in _runs(b, cell, length):
+        with counted(b, 0, rows, name="row") as row:
+            in_squares = b.select(b.icmp_signed("<", row, squares_down), squares_along, I64(0))
+            begin = intrinsic(b, "llvm.smax.i64", I64, [first, in_squares])
+            origin, goal = at(b, left, b.mul(row, left_stride)), at(b, packed, b.mul(row, row_stride))
+            with counted(b, begin, end, name="single") as i:
+                made_of = _across(b, cell, _numbers_at(b, cell, origin, left_step, i, present), 1)
+                store(b, made_of, at(b, goal, b.mul(i, size)))
+    with counted(b, 0, rows, name="fill") as row:
+        goal = at(b, packed, b.mul(row, row_stride))
+        with counted(b, ceil(b, length, cell.group), mode.elements_of(b, length), name="element") as i:
+            store(b, constant(cell.kind, 0), at(b, goal, b.mul(i, size)))
     b.ret_void()
     return made
 

@@ -61,6 +61,7 @@ from .panel import (
     rows_at,
     rows_narrowed,
 )  # fmt: skip
+from .tiles import release, tile_kernel
 
 __all__ = [
     "depth_of", "left_bytes", "micro_kernel", "narrow", "pack", "pack_left", "packed_bytes", "panel_count", "panels",
@@ -101,7 +102,8 @@ def product(
         i64 left_step, i64 tile_stride, i64 k, i64 columns
 
     ``left_step`` are the bytes from element to element of a row of ``left``: from k to k, in BF16 from pair to pair.
-    ``tile_stride`` is 0, or the bytes from tile to tile of a ``left`` that ``pack_left`` made.
+    ``tile_stride`` is 0, or the bytes from tile to tile of a ``left`` that ``pack_left`` made. A matrix unit takes rows
+    alone, their elements side by side, and needs neither.
     """
     general = k is None or columns is None
     mode = numeric(isa, kind)
@@ -113,15 +115,15 @@ def product(
     b = ir.IRBuilder(made.append_basic_block("entry"))
     if k is None or columns is None:
         left_step, tile_stride, every_k, width_of_all = more
-        length = every_k if mode.group == 1 else ceil(b, every_k, mode.group)
+        length = mode.elements_of(b, every_k)
         split = any_columns(b, isa, kind, width_of_all)
         depth = length
         blocks, tile = full_tiles(b, rows, mode.tile[0])
     else:
         left_step, tile_stride, length = I64(mode.left.size), I64(0), I64(mode.elements(k))
         split = columns_of(columns, isa, kind)
-        depth = I64(_depth(mode.elements(k), isa, panels(columns, isa, kind)[0]))
-        blocks, tile = _even_tiles(b, rows, mode.tile[0])
+        depth = I64(_depth(mode, mode.elements(k), isa, panels(columns, isa, kind)[0]))
+        blocks, tile = (full_tiles if mode.unit else _even_tiles)(b, rows, mode.tile[0])
     with counted(b, first_panel, last_panel, name="panel") as panel:
         start, width = split.place(b, panel)
         weights = at(b, packed, b.mul(start, b.mul(length, I64(isa.bytes))))
@@ -137,15 +139,21 @@ def product(
             with counted(b, 0, blocks, name="rows") as block:
                 row, height = tile(block)
                 begin = b.mul(row, left_stride)
-                if general:
+                if general and not mode.unit:
                     begin = b.select(b.icmp_signed("!=", tile_stride, I64(0)), b.mul(block, tile_stride), begin)
                 arguments = [
                     at(b, target, b.mul(row, out_stride)), out_stride,
                     at(b, source, b.mul(row, source_stride)), source_stride,
                     at(b, factors, begin), left_stride,
-                    block_weights, count, *([left_step, split.tail] if general else []),
+                    block_weights, count,
                 ]  # fmt: skip
-                _call_by_shape(b, isa, mode, split, panel, height, arguments)
+                if mode.unit:
+                    _call_unit(b, isa, mode, split, panel, height, arguments)
+                else:
+                    arguments += [left_step, split.tail] if general else []
+                    _call_by_shape(b, isa, mode, split, panel, height, arguments)
+    if mode.unit:
+        release(b, mode.unit)
     b.ret_void()
     return made
 
@@ -232,6 +240,28 @@ def _call_by_shape(
     b.position_at_end(end)
 
 
+def _call_unit(
+    b: ir.IRBuilder, isa: Isa, mode: Numeric, columns: Columns, panel: ir.Value, rows: ir.Value, args: list[ir.Value]
+) -> None:
+    """Call the micro-kernel of the matrix unit for the width of a panel and a number of rows."""
+    assert mode.unit is not None
+    width = columns.place(b, panel)[1]
+    last = b.icmp_signed("==", panel, b.sub(columns.count, I64(1)))
+    tail = b.select(last, columns.tail, I64(0))
+    high = b.zext(b.icmp_signed(">", rows, I64(mode.unit.rows)), I64)
+    end = b.append_basic_block("called")
+    choice = b.switch(b.add(b.mul(width, I64(2)), high), end)
+    widths = range(1, mode.tile[1] + 1) if columns.general else sorted({vectors for vectors, _ in columns.shapes})
+    for vectors in widths:
+        for tall in (False, True):
+            block = b.append_basic_block(f"call.{vectors}")
+            choice.add_case(I64(2 * vectors + tall), block)
+            b.position_at_end(block)
+            b.call(tile_kernel(b.module, isa, mode, tall, vectors), [*args, rows, tail])
+            b.branch(end)
+    b.position_at_end(end)
+
+
 def _even_tiles(b: ir.IRBuilder, rows: ir.Value, height: int) -> tuple[ir.Value, Tile]:
     """Rows cut into tiles of about one size: how many tiles, and the first row and the rows of each."""
     blocks = ceil(b, rows, height)
@@ -245,11 +275,12 @@ def _even_tiles(b: ir.IRBuilder, rows: ir.Value, height: int) -> tuple[ir.Value,
     return blocks, tile
 
 
-def _depth(elements: int, isa: Isa, width: int) -> int:
+def _depth(mode: Numeric, elements: int, isa: Isa, width: int) -> int:
     """Elements of a column in one block: as many as the cache holds, all blocks of about one size."""
     most = max(_CACHE // (width * isa.bytes), 1)
     count = -(-elements // most)
-    return min(-(-elements // count + 7) // 8 * 8, elements) if count > 1 else elements
+    together = max(8, mode.whole // mode.group)
+    return min(-(-elements // (count * together)) * together, elements) if count > 1 else elements
 
 
 def _prefetch(b: ir.IRBuilder, place: ir.Value) -> None:

@@ -109,18 +109,20 @@ class Products(Values):
         return node, view
 
     def _matrix(self, node: fx.Node, view: Tensor) -> tuple[Access, int, int]:
-        """The left side of a product, in the type that the product multiplies."""
-        k = int(view.shape[1 - self.rows(view)[0]])  # type: ignore[index]
-        if view.dtype not in self.pairs or k % 2:
+        """The left side of a product, in the type that the product multiplies, filled up with zeros where it must."""
+        whole = self.pairs.get(view.dtype)
+        if whole is None:
             return self._rows_of_left(*self._computed(node, view))
         access, times, k = self._rows_of_left(node, view)
-        if access.buffer.dtype == torch.bfloat16:
+        row = -(-k // whole) * whole
+        if access.buffer.dtype == torch.bfloat16 and row == k:
             return access, times, k
         copy = self.values[self.copied(node, view)]
-        shape = self.shape_of(copy.meta)
         halves = self.new_buffer(f"{node.name}_halves", "batch", copy.meta, torch.bfloat16)
-        self.store(copy, Access(halves, 0, self.own_strides(shape)))
-        return Access(halves, 0, (k, 1) if times > 1 else (1,)), times, k
+        halves.row, halves.filled = times * row, row > k
+        along = tuple(stride for size, stride in ((times, row), (k, 1)) if size != 1)
+        self.store(copy, Access(halves, 0, along))
+        return Access(halves, 0, (row, 1) if times > 1 else (1,)), times, k
 
     def _rows_of_left(self, node: fx.Node, view: Tensor) -> tuple[Access, int, int]:
         """Rows of neighbouring numbers, so many for each sequence."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Values:
         states: dict[fx.Node, int],
         stored: Sequence[fx.Node],
         varying: set[fx.Node],
-        pairs: Set[torch.dtype],
+        pairs: Mapping[torch.dtype, int],
     ) -> None:
         self.body, self.unit, self.pairs = body, body.unit, pairs
         self.items: list[Item] = []
