@@ -9,20 +9,32 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+from tile_unit import AMX, machine_with_tiles, usable
 from torch import Tensor, nn
 
 import elman
 from elman.cells import ElmanCell, GRUCell, LSTMCell, SRUCell
 from elman.combinators import Delay, Leaky, Residual, Stack
 from elman.compiler.cache import forget
-from elman.compiler.llvm.isa import runnable
+from elman.compiler.llvm.isa import chosen, runnable
 from elman.compiler.llvm.kernel import Kernel
 from elman.errors import UnfoldWarning
 
 T, B = 9, 5
+
+
+@pytest.fixture(params=["this machine", "tiles"])
+def processor(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instructions of this machine, and those of a matrix unit, in software where it has none."""
+    if request.param == "tiles" and not usable():
+        pytest.skip("no machine code for tiles runs here")
+    with machine_with_tiles() if request.param == "tiles" else nullcontext():
+        yield request.param
+
 
 CELLS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "elman": (24, lambda: ElmanCell(24, 32)),
@@ -76,7 +88,7 @@ def check(found: list[Tensor], torchs: list[Tensor], exact: list[Tensor]) -> Non
 
 @table
 @pytest.mark.parametrize("lengths", [None, [9, 0, 4, 9, 1]], ids=["full", "lengths"])
-def test_under_autocast(name: str, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_autocast(name: str, lengths: list[int] | None, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     size, make = CELLS[name]
     cell, x = make(), torch.randn(T, B, size)
@@ -87,11 +99,12 @@ def test_under_autocast(name: str, lengths: list[int] | None, monkeypatch: pytes
         warnings.simplefilter("error", UnfoldWarning)
         found = everything(cell, x, "llvm", True, lengths=lengths)
     assert len(ran.kernels) >= 2
+    assert all(kernel.isa == AMX for kernel in ran.kernels) or processor != "tiles"
     check(found, theirs, exact)
 
 
 @table
-def test_of_a_module_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_module_in_bfloat16(name: str, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     size, make = CELLS[name]
     narrow, x = make().bfloat16(), torch.randn(T, B, size).bfloat16()
@@ -141,7 +154,7 @@ def precision() -> Iterator[Callable[[str], None]]:
 
 
 @table
-def test_products_of_medium_precision(name: str, precision: Callable[[str], None]) -> None:
+def test_products_of_medium_precision(name: str, processor: str, precision: Callable[[str], None]) -> None:
     """float32 whose products may round their operands: as near as autocast, and away from the exact result."""
     torch.manual_seed(6)
     size, make = CELLS[name]
@@ -154,7 +167,8 @@ def test_products_of_medium_precision(name: str, precision: Callable[[str], None
     precision("medium")
     found = everything(cell, x, "llvm", False)
     check(found, autocast, exact)
-    pairs = runnable()[0].dot and name not in ("sru", "lstm, odd", "leaky")  # no product in the loop, or an odd one
+    here = chosen()
+    pairs = here is not None and here.dot and name != "sru"  # which has no product in its loop
     assert (max(distance(found[:1], exact[:1])) > 1e-4) == bool(pairs)
     precision("highest")
     for found_again, same in zip(everything(cell, x, "llvm", False), exact, strict=True):
@@ -210,7 +224,7 @@ class Rows(nn.Module):
 @pytest.mark.parametrize("mode", ["autocast", "bfloat16", "medium"])
 @pytest.mark.parametrize("n", [8, 7])
 def test_products_of_several_rows_and_of_a_weight_on_the_left(
-    n: int, mode: str, precision: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    n: int, mode: str, processor: str, precision: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(7)
     cell, x = Rows(n), torch.randn(T, B, 6)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import product as pairs
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("llvmlite")
 
 from guard_pages import Pages
+from tile_unit import AMX, machine_with_tiles, present, usable
 
 import elman
 from elman.compiler import cache, gemm
@@ -22,7 +25,7 @@ from elman.compiler.llvm.isa import ISAS, chosen, runnable
 from elman.compiler.llvm.matmul import multiply
 from elman.errors import InputError, OptionError, UnsupportedError
 
-RUNNABLE = [isa.name for isa in runnable()]
+RUNNABLE = [*([AMX.name] if usable() and not present() else []), *(isa.name for isa in runnable())]
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
 each_dtype = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
 
@@ -34,9 +37,14 @@ SHAPES = (
 
 
 @pytest.fixture(params=RUNNABLE)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("ELMAN_ISA", request.param)
-    return str(request.param)
+    if request.param == AMX.name and not present():  # slow, and all but bfloat16 is code that others run too
+        given = request.node.callspec.params
+        if given.get("dtype", torch.bfloat16) != torch.bfloat16 or math.prod(given.get("shape", ())) > 10_000_000:
+            pytest.skip("too much for tiles in software")
+    with machine_with_tiles() if request.param == AMX.name else nullcontext():
+        yield str(request.param)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from elman.compiler.llvm.product import (
     product,
     rows_narrowed,
 )
+from elman.compiler.llvm.tiles import tile_kernel
 
 ROWS = (0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 33)
 COLUMNS = (1, 15, 16, 17, 31, 48, 100, 130)
@@ -321,7 +322,7 @@ def test_rounding_is_to_nearest_even_and_keeps_what_is_not_finite(isa: Isa) -> N
     for width in (every.shape[1], 37):
         given = every[:, :width]
         left = narrowed(isa, given)
-        size = left.shape[1] // (width + width % 2)
+        size = left_bytes(2, isa, BF16) // numeric(isa, BF16).elements(2) // 2
         found = left.view(np.uint16 if size == 2 else np.float32)
         found = meaning(found) if size == 2 else found
         expected = operand("bf16", given).copy()
@@ -338,7 +339,7 @@ def test_bfloat16_in_memory_is_taken_as_it_is(isa: Isa) -> None:
         case, own = Case(isa, "bf16", weight), Case(isa, "bf16", lay(stored(weight)))
         assert ctypes.string_at(case.packed, case.bytes) == ctypes.string_at(own.packed, own.bytes)
         assert np.array_equal(narrowed(isa, left), narrowed(isa, stored(left)))
-        if isa.dot and k % 2 == 0:  # then it can be read where it lies
+        if isa.dot and k % numeric(isa, BF16).whole == 0:  # then it can be read where it lies
             assert np.array_equal(narrowed(isa, left).view(np.uint16), stored(left))
 
 
@@ -363,7 +364,9 @@ def test_tiles_hold_the_elements_of_their_rows_side_by_side(isa: Isa, source: st
         left = numbers("bf16", rows, k, seed=1)
         left = lay(stored(left) if source == "stored" else left)
         expected = narrowed(isa, np.ascontiguousarray(left))
-        elements = (k + 1) // 2
+        elements = numeric(isa, BF16).elements(k)
+        if numeric(isa, BF16).unit:  # which takes rows as they are
+            height = 1
         expected = expected.reshape(rows, elements, -1)
         stride = elements * height * expected.shape[2] + 64
         tiles = np.full((-(-rows // height), stride), 255, np.uint8)
@@ -406,7 +409,7 @@ def test_panels_cover_the_columns(isa: Isa, kind: str) -> None:
         assert widths == sorted(widths, reverse=True)
         assert 1 <= widths[-1] <= widths[0] <= min(widths[-1] + 1, widest)
         assert (sum(widths) - 1) * lanes < columns <= sum(widths) * lanes
-        elements = 4 if kind == "bf16" else 7
+        elements = 7 if kind != "bf16" else 16 if isa == AMX else 4
         assert packed_bytes(7, columns, isa, KINDS[kind]) == elements * sum(widths) * isa.bytes
 
 
@@ -435,9 +438,14 @@ def on_stack(isa: Isa, kind: str, shapes: list[tuple[int, int, int]]) -> set[str
     module = ir.Module("tiles")
     for shape in shapes:
         micro_kernel(module, isa, KINDS[kind], *shape).linkage = "external"
+    return touching(module, isa)
+
+
+def touching(module: ir.Module, isa: Isa) -> set[str]:
+    """The functions of a module whose loops touch the stack. All of them must have a loop that multiplies."""
     found = loops(engine.assembly(module, isa))
     names = {function.name for function in module.functions if function.blocks}
-    multiplies = re.compile(r"\b(vfn?madd\w+|mulp[sd]|fmla|vdpbf16ps)\b")
+    multiplies = re.compile(r"\b(vfn?madd\w+|mulp[sd]|fmla|vdpbf16ps|tdpbf16ps)\b")
     assert {name for name, inner in found.items() if any(multiplies.search(x) for l in inner for x in l)} == names
     stack = re.compile(r"\(%rsp\b|\[sp\b")
     return {name for name, inner in found.items() if any(stack.search(x) for l in inner for x in l)}
@@ -446,7 +454,13 @@ def on_stack(isa: Isa, kind: str, shapes: list[tuple[int, int, int]]) -> set[str
 @pytest.mark.parametrize("isa", list(ISAS.values()), ids=lambda isa: isa.name)
 @each_kind
 def test_the_sums_of_a_tile_stay_in_registers(isa: Isa, kind: str) -> None:
-    highest, widest = isa.pair_tile if kind == "bf16" else isa.tile
+    if (mode := numeric(isa, KINDS[kind])).unit:
+        module = ir.Module("unit")
+        for high, vectors in pairs((False, True), range(1, mode.tile[1] + 1)):
+            tile_kernel(module, isa, mode, high, vectors).linkage = "external"
+        assert touching(module, isa) == set()
+        return
+    highest, widest = mode.tile
     shapes = list(pairs(range(1, highest + 1), range(1, widest + 1), (0, 1)))
     assert on_stack(isa, kind, shapes) == set()
     beyond = (isa.registers // 4 + 1, 4, 0)

@@ -18,10 +18,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 
+from elman.compiler import cache
+from elman.compiler.llvm import isa
 from elman.compiler.llvm.isa import ISAS, Isa, runnable
 
-__all__ = ["AMX", "present", "tiles_in_software", "usable"]
+__all__ = ["AMX", "machine_with_tiles", "present", "tiles_in_software", "usable"]
 
 AMX: Isa = ISAS["amx"]
 
@@ -86,13 +89,11 @@ class _Unit:
     def load(self, tile: int, place: int, stride: int) -> None:
         rows, size = self.shape(tile)
         self.tiles[tile] = 0
-        for row in range(rows):
-            self.tiles[tile, row, :size] = np.frombuffer(ctypes.string_at(place + row * stride, size), np.uint8)
+        self.tiles[tile, :rows, :size] = _matrix(place, rows, size, stride)
 
     def store(self, tile: int, place: int, stride: int) -> None:
         rows, size = self.shape(tile)
-        for row in range(rows):
-            ctypes.memmove(place + row * stride, self.tiles[tile, row].ctypes.data, size)
+        _matrix(place, rows, size, stride)[...] = self.tiles[tile, :rows, :size]
 
     def multiply(self, sums: int, left: int, right: int) -> None:
         _must(len({sums, left, right}) == 3, "a tile twice")
@@ -100,16 +101,23 @@ class _Unit:
         _must(rows == height and width == across and depth == 4 * k and width % 4 == 0, "shapes do not fit")
         a, b = (_numbers(self.tiles[tile]) for tile in (left, right))
         with np.errstate(all="ignore"):
-            terms = a[:rows, :k].swapaxes(0, 1)[:, :, None] * b[:k, None, : width // 4]  # (k, rows, columns, pair)
-            total = _flushed(_flushed(terms).sum(0, dtype=np.float32))
-            out = self.tiles[sums].view(np.float32)
-            here = out[:rows, : width // 4]
-            here[...] = _flushed(_flushed(here) + _flushed(total[..., 0] + total[..., 1]))
+            terms = a[:, :rows, :k].swapaxes(1, 2)[..., None] * b[:, :k, None, : width // 4]
+            first, second = terms.sum(1, dtype=np.float32)  # one k after the other, as they lie apart
+            here = self.tiles[sums].view(np.float32)[:rows, : width // 4]
+            here[...] = _flushed(here + (first + second))
+
+
+def _matrix(place: int, rows: int, size: int, stride: int) -> np.ndarray:
+    """So many bytes of every row, as they lie in memory."""
+    span = (ctypes.c_ubyte * ((rows - 1) * stride + size)).from_address(place)
+    return np.ndarray((rows, size), np.uint8, span, 0, (stride, 1))
 
 
 def _numbers(tile: np.ndarray) -> np.ndarray:
-    """Rows of pairs of bfloat16 as float32, denormal ones zero."""
-    return _flushed((tile.view(np.uint16).astype(np.uint32) << 16).view(np.float32)).reshape(_ROWS, -1, 2)
+    """The first and the second numbers of the pairs in rows of bfloat16, as float32, denormal ones zero."""
+    halves = tile.view(np.uint16)
+    wide = np.where(halves & 0x7F80, halves, halves & 0x8000).astype(np.uint32) << 16
+    return np.ascontiguousarray(wide.view(np.float32).reshape(_ROWS, -1, 2).transpose(2, 0, 1))
 
 
 def _flushed(numbers: np.ndarray) -> np.ndarray:
@@ -125,7 +133,7 @@ def _must(condition: bool, message: str) -> None:
         raise _Forbidden(message)
 
 
-_units = threading.local()
+_units: dict[int, _Unit] = {}  # by thread of the system: to Python, one of another library is new at every call
 
 
 def _obey(registers: Any) -> int:
@@ -135,7 +143,7 @@ def _obey(registers: Any) -> int:
     high, kind, opcode, mode = code[1], code[2], code[3], code[4]
     prefix = (None, 0x66, 0xF3, 0xF2)[kind & 3]
     _must(high & 0x1F == 2 and not kind & 0x84, f"no tile instruction: {code.hex(' ')}")
-    unit: _Unit = _units.__dict__.setdefault("unit", _Unit())
+    unit = _units.setdefault(threading.get_native_id(), _Unit())
     inside = mode >> 6 == 3
     tile, other, third = mode >> 3 & 7, mode & 7, ~kind >> 3 & 15
     if opcode == 0x5C and prefix == 0xF3 and inside:
@@ -183,6 +191,17 @@ def _handle(number: int, _: int, context: int) -> None:
     except BaseException as error:  # nobody above could catch it: let the processor have its way
         print(f"the matrix unit in software: {error!r}", file=sys.stderr, flush=True)
         _C.sigaction(number, ctypes.byref(_before), None)
+
+
+@contextmanager
+def machine_with_tiles() -> Iterator[None]:
+    """While this lasts, the best instruction set of this machine is AMX, and programs are compiled for it anew."""
+    found = runnable()
+    with tiles_in_software(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isa, "runnable", lambda: found if AMX in found else (AMX, *found))
+        cache.forget()
+        yield
+    cache.forget()
 
 
 @contextmanager
