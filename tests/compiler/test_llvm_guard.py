@@ -11,14 +11,17 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from multiprocessing import get_context
 from typing import Any
 
+import bfloat16_cells
 import pytest
 import torch
 from guard_pages import Pages, guarded
 from llvmcells import ALL_MACHINE_CODE, KINDS, SIZES, assert_single, expected_single, given, made
 from overtime_cells import CELLS, hurried
+from tile_unit import machine_with_tiles, usable
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -124,6 +127,20 @@ def of_size(kind: str, steps: int, batch: int, d: int, h: int) -> None:
         check(cell, given(cell, steps, batch, d, dtype))
 
 
+def of_bfloat16(name: str, tiles: bool) -> None:
+    size, make = bfloat16_cells.CELLS[name]
+    torch.manual_seed(5)
+    cell, x = make(), torch.randn(STEPS, BATCH, size)
+    options: dict[str, Any] = {"lengths": LENGTHS, "reverse": True}
+    with machine_with_tiles() if tiles else nullcontext():
+        exact, usual = (bfloat16_cells.everything(cell, x, "reference", cast, **options) for cast in (False, True))
+        for at_end in (True, False):
+            with guarded(at_end) as ran:
+                found = bfloat16_cells.everything(cell, x, "llvm", True, **options)
+            bfloat16_cells.check(found, usual, exact)
+            assert ran
+
+
 compiled_rows = [name for name, row in ROWS.items() if "llvm" in row.backends and row.loops != 0]
 
 
@@ -142,6 +159,14 @@ def test_cell_of_the_zoo(apart: Apart, name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_size_that_is_not_even(apart: Apart, kind: str, size: tuple[int, int, int, int]) -> None:
     apart(of_size, kind, *size)
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["this machine", "tiles"])
+@pytest.mark.parametrize("name", bfloat16_cells.CELLS)
+def test_bfloat16(apart: Apart, name: str, tiles: bool) -> None:
+    if tiles and not usable():
+        pytest.skip("no machine code for tiles runs here")
+    apart(of_bfloat16, name, tiles)
 
 
 @pytest.mark.parametrize("name", CELLS)
