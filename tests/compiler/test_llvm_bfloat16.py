@@ -7,9 +7,12 @@ what they leave in memory for others, so they must be about as near to float32 a
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 import elman
 from elman.cells import ElmanCell, LSTMCell
 from elman.compiler.cache import forget
-from elman.compiler.llvm.isa import chosen, runnable
+from elman.compiler.llvm.isa import DOTS, _permitted, chosen, runnable
 from elman.compiler.llvm.kernel import Kernel
 from elman.errors import UnfoldWarning
 
@@ -129,8 +132,11 @@ def test_products_of_medium_precision(name: str, processor: str, precision: Call
     exact = everything(cell, x, "llvm", False)
     autocast = everything(cell, x, "reference", True)
     precision("high")
-    for found, same in zip(everything(cell, x, "llvm", False), exact, strict=True):
-        assert torch.equal(found, same)  # no processor of the table is faster with less
+    nearly = everything(cell, x, "llvm", False)
+    if processor == "tiles" and name != "sru":  # three products of bfloat16 for one
+        assert 5e-7 < max(distance(nearly, exact)) < max(distance(autocast, exact)) / 200
+    else:
+        assert all(torch.equal(found, same) for found, same in zip(nearly, exact, strict=True))
     precision("medium")
     found = everything(cell, x, "llvm", False)
     check(found, autocast, exact)
@@ -140,6 +146,41 @@ def test_products_of_medium_precision(name: str, processor: str, precision: Call
     precision("highest")
     for found_again, same in zip(everything(cell, x, "llvm", False), exact, strict=True):
         assert torch.equal(found_again, same)
+
+
+@pytest.mark.skipif(not usable(), reason="no machine code for tiles runs here")
+@pytest.mark.parametrize("batch", [2, 37], ids=["units are shared", "rows are shared"])
+def test_tiles_of_threads_and_of_a_child(batch: int) -> None:
+    """Each thread has its own tiles, whoever made it; a child may use them as its parent did."""
+    torch.manual_seed(10)
+    cell, x = LSTMCell(24, 100), torch.randn(3, batch, 24)
+
+    def run(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return elman.scan(cell, x, backend="llvm")[0]
+
+    before = torch.get_num_threads()
+    try:
+        with machine_with_tiles(), ThreadPoolExecutor(3) as pool:
+            alone = run(1)
+            assert torch.equal(run(2), alone)
+            assert all(torch.equal(ys, alone) for ys in pool.map(run, [2] * 6))
+            child = os.fork()
+            if not child:
+                os._exit(0 if torch.equal(run(1), alone) else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_matrix_unit_is_used_where_the_system_permits_it() -> None:
+    """Without the permission its first instruction would end the process; without the processor's word too."""
+    permitted = _permitted(DOTS["amx"])
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert (AMX in runnable()) == (permitted and "amx_bf16" in flags)
+    assert _permitted(None)
+    assert _permitted(DOTS["avx512bf16"])
 
 
 def test_many_steps_do_not_drift() -> None:

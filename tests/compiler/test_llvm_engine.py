@@ -7,6 +7,8 @@ import errno
 import gc
 import os
 import stat
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -322,3 +324,23 @@ def test_processes_compile_into_one_folder(tmp_path: Path) -> None:
 
     assert in_children(work) == [0] * PROCESSES
     assert all(engine.load(text(number), HERE, tmp_path).cached for number in range(4))
+
+
+def test_what_is_kept_is_made_once_by_however_many_threads() -> None:
+    made: list[object] = []
+    together = threading.Barrier(4)
+
+    @engine.kept
+    def make(name: str) -> object:
+        time.sleep(0.01)  # time for the others to come
+        made.append(object())
+        return made[-1]
+
+    def one(_: int) -> object:
+        together.wait()
+        return make("a")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len({id(found) for found in pool.map(one, range(4))}) == 1
+    assert len(made) == 1
+    assert make("b") is made[1]

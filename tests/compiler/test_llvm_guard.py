@@ -139,6 +139,12 @@ def of_bfloat16(name: str, tiles: bool) -> None:
                 found = bfloat16_cells.everything(cell, x, "llvm", True, **options)
             bfloat16_cells.check(found, usual, exact)
             assert ran
+            torch.set_float32_matmul_precision("high")
+            with guarded(at_end) as ran:
+                found = bfloat16_cells.everything(cell, x, "llvm", False, **options)
+            torch.set_float32_matmul_precision("highest")
+            assert max(bfloat16_cells.distance(found, exact)) < 2e-5
+            assert ran
 
 
 compiled_rows = [name for name, row in ROWS.items() if "llvm" in row.backends and row.loops != 0]

@@ -23,6 +23,7 @@ from elman.compiler import cache, gemm
 from elman.compiler.llvm import matmul, scratch
 from elman.compiler.llvm.isa import ISAS, chosen, runnable
 from elman.compiler.llvm.matmul import multiply
+from elman.compiler.llvm.numeric import in_halves
 from elman.errors import InputError, OptionError, UnsupportedError
 
 RUNNABLE = [*([AMX.name] if usable() and not present() else []), *(isa.name for isa in runnable())]
@@ -269,7 +270,10 @@ def test_medium_rounds_the_operands_where_that_is_faster(shape: tuple[int, int, 
     assert found is not None
     for lay, turn in pairs(LAYOUTS.values(), repeat=2):
         exact = multiply(lay(left), turn(right), init)
-        assert torch.equal(multiply(lay(left), turn(right), init, precision="high"), exact)
+        high = multiply(lay(left), turn(right), init, precision="high")
+        assert torch.equal(high, exact) != in_halves(found)
+        terms = left.double().abs() @ right.double().abs()
+        assert bool(((high.double() - exact).abs() <= 2**-16 * terms + 1e-6 * (terms + init.abs())).all())
         out = multiply(lay(left), turn(right), init, precision="medium")
         assert torch.equal(out, exact) != bool(found.dot)
         if found.dot:
@@ -277,6 +281,20 @@ def test_medium_rounds_the_operands_where_that_is_faster(shape: tuple[int, int, 
             assert torch.equal(out, own)
             assert_close(out, left.bfloat16(), right.bfloat16(), init)
         assert torch.equal(matmul.added(init, lay(left), turn(right), "medium"), out) or m * k * n < matmul._LITTLE
+
+
+@pytest.mark.skipif(not usable(), reason="no machine code for tiles runs here")
+@pytest.mark.parametrize("intel", [True, False])
+def test_products_in_halves_are_ours_on_every_processor(intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: not intel)
+    graph = torch.fx.symbolic_trace(lambda x, y: torch.ops.aten.mm.default(x, y)).graph
+    (node,) = (n for n in graph.nodes if n.op == "call_function")
+    with machine_with_tiles():
+        for dtype in DTYPES.values():
+            for operand in node.args:
+                operand.meta["val"] = torch.empty(200, 200, dtype=dtype)
+            ours = {p: gemm.function_of(node, True, p) is not None for p in ("highest", "high", "medium")}
+            assert ours == {"highest": not intel, "high": not intel or dtype == torch.float32, "medium": not intel}
 
 
 def test_float64_knows_no_other_precision() -> None:
@@ -295,6 +313,7 @@ def test_nothing_outside_is_touched_by_what_is_rounded(at_end: bool, isa: str, w
         for tensor in (left, right, low_left, low_right):
             pages.close(tensor.data_ptr())
         assert_close(multiply(low_left, low_right, out=out), low_left, low_right)
+        multiply(left, right, out=out, precision="high")
         medium = multiply(left, right, out=out, precision="medium")
         assert_close(medium, *((low_left, low_right) if ISAS[isa].dot else given))
 

@@ -4,7 +4,9 @@ torch.mm calls MKL, which keeps its best code for processors of its own maker; e
 too, reaches the machine's peak (two cores of an AMD EPYC with AVX-512: 530 against 235 GFLOP/s for large products, 390
 against 190 for 32 rows with a packed weight). Which one is used depends on the maker of the processor alone, so the
 same machine always rounds the same way. Programs whose loops are machine code have their other products by the same
-micro-kernels (``llvm.matmul``) there, in float64 too. None of these functions is differentiable.
+micro-kernels (``llvm.matmul``) there, in float64 too; and everywhere those of float32 at "high" precision where a
+matrix unit makes three products of bfloat16 faster than one, which torch.mm does not. None of these functions is
+differentiable.
 """
 
 from __future__ import annotations
@@ -45,9 +47,13 @@ def function_of(node: fx.Node, compiled: bool = False, precision: str = "highest
     """
     bias = node.target is torch.ops.aten.addmm.default
     if compiled and _is_product(node, torch.float32, torch.float64, torch.bfloat16):
-        from .llvm import isa, matmul  # llvmlite is loaded with the first program of machine code
+        from .llvm import isa, matmul, numeric  # llvmlite is loaded with the first program of machine code
 
-        if isa.chosen() is not None:
+        found = isa.chosen()
+        halves = (
+            found is not None and precision == "high" and numeric.in_halves(found) and _is_product(node, torch.float32)
+        )
+        if found is not None and (prefers_onednn() or halves):
             function = matmul.added if bias else matmul.product_of
             return function if precision == "highest" else _precise(function, precision)
     if not applies(node):
@@ -62,18 +68,18 @@ def _precise(function: Callable[..., Tensor], precision: str) -> Callable[..., T
 
 def applies(node: fx.Node) -> bool:
     """Whether the product of a node goes through oneDNN: mm or addmm of float32 matrices on a CPU, not tiny."""
-    if not _is_product(node, torch.float32):
+    if not _is_product(node, torch.float32) or not prefers_onednn():
         return False
     right = arguments(node)[-1].meta["val"]
     return min(int(right.shape[0]), int(right.shape[1])) >= _FEW
 
 
 def _is_product(node: fx.Node, *dtypes: torch.dtype) -> bool:
-    """Whether a node is mm or addmm on the CPU, of one of these types, on a machine that does not leave it to MKL."""
+    """Whether a node is mm or addmm on the CPU, of one of these types."""
     if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or node.kwargs:
         return False
     right = arguments(node)[-1].meta["val"]
-    return right.dtype in dtypes and right.device.type == "cpu" and prefers_onednn()
+    return right.dtype in dtypes and right.device.type == "cpu"
 
 
 def pack(right: Tensor, rows: int, times: int) -> Tensor:

@@ -10,7 +10,7 @@ import ctypes
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -86,7 +86,7 @@ def together(out: Tensor, partial: Tensor) -> None:
     call(address_of({torch.float32: "sum32", torch.float64: "sum64"}[out.dtype]), words, (0, 1), 1)
 
 
-@lru_cache(maxsize=1)
+@engine.kept
 def _compiled() -> engine.Library:
     isa = host()
     assert isa is not None  # there is a kernel that calls

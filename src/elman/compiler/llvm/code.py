@@ -9,9 +9,9 @@ from typing import TypeAlias
 from llvmlite import ir
 
 __all__ = [
-    "BF16", "BOOL", "BYTE", "F32", "F64", "I16", "I32", "I64", "PTR", "VOID", "at", "constant", "counted", "folded",
-    "function", "intrinsic", "lanes_below", "load", "masked_load", "masked_store", "scalar_of", "select", "share",
-    "splat", "store", "suffix", "vector",
+    "BF16", "BF16X3", "BOOL", "BYTE", "F32", "F64", "I16", "I32", "I64", "PTR", "VOID", "at", "constant", "counted",
+    "folded", "function", "intrinsic", "lanes_below", "load", "masked_load", "masked_store", "scalar_of", "select",
+    "share", "splat", "store", "suffix", "vector",
 ]  # fmt: skip
 
 
@@ -30,9 +30,22 @@ class _BFloat16(ir.Type):
         return hash(_BFloat16)
 
 
+class _Split(ir.Type):
+    """A numeric mode, no type of LLVM: float32 in two halves of bfloat16 each, multiplied three times."""
+
+    def _to_string(self) -> str:
+        return "bfloat x 3"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Split)
+
+    def __hash__(self) -> int:
+        return hash(_Split)
+
+
 BOOL, BYTE, I16 = ir.IntType(1), ir.IntType(8), ir.IntType(16)
 I32, I64 = ir.IntType(32), ir.IntType(64)
-BF16, F32, F64, VOID = _BFloat16(), ir.FloatType(), ir.DoubleType(), ir.VoidType()
+BF16, BF16X3, F32, F64, VOID = _BFloat16(), _Split(), ir.FloatType(), ir.DoubleType(), ir.VoidType()
 PTR = ir.PointerType()
 
 Int: TypeAlias = int | ir.Value
@@ -54,7 +67,7 @@ def suffix(kind: ir.Type) -> str:
         return f"v{kind.count}{suffix(kind.element)}"
     if isinstance(kind, ir.PointerType):
         return "p0"
-    return {BF16: "bf16", F32: "f32", F64: "f64"}.get(kind) or f"i{kind.width}"
+    return {BF16: "bf16", BF16X3: "bf16x3", F32: "f32", F64: "f64"}.get(kind) or f"i{kind.width}"
 
 
 def constant(kind: ir.Type, value: float) -> ir.Constant:

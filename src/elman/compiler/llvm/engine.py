@@ -10,8 +10,9 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache, wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import llvmlite
 from llvmlite import binding as llvm
@@ -21,11 +22,14 @@ from ...errors import UnsupportedError
 from . import store
 from .isa import Isa, host
 
-__all__ = ["CodeError", "Library", "assembly", "generator", "load", "optimised"]
+__all__ = ["CodeError", "Library", "assembly", "generator", "kept", "load", "optimised"]
 
 # The generator writes vectors, tiles and loops as they are to run. LLVM's own levels 1 to 3 take twice as long as these
 # few passes, nearly all of it in looking for more, and the code is as fast to the percent.
 _PASSES = ("always_inliner", "sroa", "instruction_combine", "simplify_cfg", "global_dead_code_eliminate")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _lock = threading.RLock()
 _number = itertools.count()
@@ -107,6 +111,22 @@ def load(
         if directory:
             store.write(directory, key, code)
     return library
+
+
+def kept(make: Callable[P, R]) -> Callable[P, R]:
+    """A function whose results are made once, by one thread, and never dropped.
+
+    For machine code whose address is all that others keep: functools.cache would let two threads make it that come at
+    the same time, and drop that of one of them.
+    """
+    made = cache(make)
+
+    @wraps(make)
+    def once(*args: P.args, **options: P.kwargs) -> R:
+        with _lock:
+            return made(*args, **options)  # type: ignore[arg-type]
+
+    return once
 
 
 def optimised(module: ir.Module | str, isa: Isa) -> str:

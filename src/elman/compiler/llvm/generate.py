@@ -17,6 +17,7 @@ from llvmlite import ir
 
 from .code import (
     BF16,
+    BF16X3,
     BYTE,
     F32,
     F64,
@@ -58,6 +59,8 @@ def packed_sizes(lowered: Lowered, isa: Isa) -> list[int]:
 
 def _kind_of(item: Product) -> ir.Type:
     """The numeric mode of a product: that of its left side, which its weight is packed for."""
+    if item.rests:
+        return BF16X3
     return {torch.float32: F32, torch.float64: F64, torch.bfloat16: BF16}[item.left.buffer.dtype]
 
 

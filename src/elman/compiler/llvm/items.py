@@ -115,6 +115,7 @@ class Product:
     n: int
     times: int
     chunk: int = 0  # columns that the maps after it take together
+    rests: bool = False  # of numbers in two halves (see ``Numeric``)
 
 
 Item = Map | Contract | Product

@@ -17,14 +17,14 @@ from ..program import Loop
 from ..step import Step
 from . import calls, engine, threads
 from .body import body_of
-from .code import BF16
+from .code import BF16, BF16X3
 from .entry import BARRIER_BYTES
 from .generate import WORDS, generate, packed_sizes
 from .inplace import Placed, place
 from .isa import Isa, chosen
 from .items import Buffer, Lowered, Map, Product, buffers_of
 from .lower import lower
-from .numeric import numeric
+from .numeric import Numeric, in_halves, numeric
 from .overtime import areas
 from .piecewise import passes
 from .rings import Rings
@@ -251,7 +251,7 @@ class Bound:
 
     def _as_multiplied(self, weight: Tensor, product: Product) -> Tensor:
         """A weight in the type that a product multiplies."""
-        wanted = product.left.buffer.dtype
+        wanted = torch.float32 if product.rests else product.left.buffer.dtype
         if weight.dtype is not wanted:
             if {weight.dtype, wanted} != {torch.bfloat16, torch.float32}:
                 raise RuntimeError(f"a weight of {wanted} was expected, got {weight.dtype}")
@@ -303,11 +303,22 @@ def compile_loop(step: Step, loop: Loop, stored: Sequence[fx.Node], spent: Seque
             raise UnsupportedError("a state that nothing reads")
     carried = {step.state[i] for i in loop.carried}
     varying = {n for n in body.outside if is_varying(n) and n not in carried}
-    narrow = {torch.bfloat16, *([torch.float32] if step.precision == "medium" else [])} if isa.dot else set()
-    lowered = lower(body, states, list(stored), varying, dict.fromkeys(narrow, numeric(isa, BF16).whole))
+    lowered = lower(body, states, list(stored), varying, _narrow(isa, step.precision))
     handed = {*step.ys, *step.next}  # to the user, who may change it in place: it has memory of its own
     placed = place(lowered, {body.outside.index(n): n for n in spent}, [None if n in handed else n for n in stored])
     return Kernel(lowered, body.outside, placed, isa)
+
+
+def _narrow(isa: Isa, precision: str) -> dict[torch.dtype, Numeric]:
+    """The types whose products multiply bfloat16 on a processor at a precision of float32, and how."""
+    if not isa.dot:
+        return {}
+    narrow = {torch.bfloat16: numeric(isa, BF16)}
+    if precision == "medium":
+        narrow[torch.float32] = numeric(isa, BF16)
+    elif precision == "high" and in_halves(isa):
+        narrow[torch.float32] = numeric(isa, BF16X3)
+    return narrow
 
 
 def _neighbours(tensor: Tensor) -> bool:

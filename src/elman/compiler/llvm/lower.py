@@ -20,6 +20,7 @@ from . import pointwise
 from .body import Body
 from .ends import Ends
 from .items import Access, Buffer, Chosen, Contract, Item, Lowered, Map, Op, Product, buffers_of
+from .numeric import Numeric
 from .products import Products
 from .values import DTYPES, Value
 
@@ -39,16 +40,16 @@ def lower(
     states: dict[fx.Node, int],
     stored: Sequence[fx.Node],
     varying: set[fx.Node],
-    pairs: Mapping[torch.dtype, int] | None = None,
+    narrow: Mapping[torch.dtype, Numeric] | None = None,
 ) -> Lowered:
     """The items of a loop's step.
 
     ``states`` are inputs of the body that it replaces: by the result of that index. The results of the nodes in
     ``stored`` (nodes of the step) are written for every row and step. ``varying`` are inputs that differ from step to
-    step. ``pairs`` are the types whose products are of pairs of bfloat16, with how many k such a product multiplies at
-    once. Raises UnsupportedError for what has no place in a kernel, with the user's line.
+    step. ``narrow`` are the types whose products multiply bfloat16, and by which mode. Raises UnsupportedError for what
+    has no place in a kernel, with the user's line.
     """
-    return _Lowering(body, states, stored, varying, pairs or {}).run()
+    return _Lowering(body, states, stored, varying, narrow or {}).run()
 
 
 class _Lowering(Products, Ends):

@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 from array import array
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -32,10 +31,10 @@ from torch import Tensor
 from ...cachefolder import cache_directory
 from ...errors import InputError, OptionError, UnsupportedError
 from . import calls, engine, threads
-from .code import BF16, F32, F64, I64, PTR, VOID, at, counted, function, intrinsic, load, share
+from .code import BF16, BF16X3, F32, F64, I64, PTR, VOID, at, counted, function, intrinsic, load, share
 from .entry import BARRIER_BYTES, barrier, exported
 from .isa import Isa, chosen
-from .numeric import Numeric, numeric
+from .numeric import Numeric, in_halves, numeric
 from .panel import any_columns
 from .product import depth_of, narrow, pack, pack_left, product, rows_narrowed
 from .scratch import LINE, Scratch, lined
@@ -89,7 +88,7 @@ def multiply(
     Products of bfloat16 are summed in float32 throughout; ``init`` and the result may each be float32 or bfloat16, and
     a new result is of ``out_dtype``, bfloat16 unless given. ``precision`` is PyTorch's for products of float32:
     "medium" allows them to round their operands to bfloat16, which they do where the processor multiplies that faster;
-    "high" allows three products of bfloat16 for one, which none of the processors of ``isa`` does faster.
+    "high" allows three products of bfloat16 for one, which they are where a matrix unit multiplies them.
 
     Raises InputError for tensors that do not fit together, OptionError for another precision, UnsupportedError on a
     processor without machine code.
@@ -190,17 +189,24 @@ def _isa() -> Isa:
 class _Form(NamedTuple):
     """What a function is compiled for: the types of its operands, of its arithmetic, of its sums.
 
-    ``rounds``: it gives the sums rounded to the type of the arithmetic, else as they are.
+    ``rounds``: it gives the sums rounded to the type of the arithmetic, else as they are. ``rests``: numbers are
+    multiplied in halves.
     """
 
     operand: torch.dtype
     mode: torch.dtype
     sums: torch.dtype
     rounds: bool
+    rests: bool = False
+
+    @property
+    def kind(self) -> ir.Type:
+        """What its numeric mode is asked for by."""
+        return BF16X3 if self.rests else _KINDS[self.mode]
 
     def numeric(self, isa: Isa) -> Numeric:
         """Its numeric mode."""
-        return numeric(isa, _KINDS[self.mode], _KINDS[self.operand])
+        return numeric(isa, self.kind, _KINDS[self.operand])
 
 
 def _form(operand: torch.dtype, result: torch.dtype, precision: str, k: int, isa: Isa) -> _Form:
@@ -208,6 +214,8 @@ def _form(operand: torch.dtype, result: torch.dtype, precision: str, k: int, isa
     if operand == torch.bfloat16:
         rounds = result == operand and k <= depth_of(isa, BF16)
         return _Form(operand, operand, torch.float32, rounds)
+    if operand == torch.float32 and precision == "high" and in_halves(isa):
+        return _Form(operand, torch.bfloat16, operand, False, True)
     if operand == torch.float32 and precision == "medium" and isa.dot:
         return _Form(operand, torch.bfloat16, operand, False)
     return _Form(operand, operand, operand, False)
@@ -223,17 +231,9 @@ class _Code(NamedTuple):
     mode: Numeric
 
 
-_compiling = threading.Lock()
-
-
+@engine.kept
 def _code(form: _Form, isa: Isa) -> _Code:
     """The function of a form, compiled on first use."""
-    with _compiling:
-        return _compiled(form, isa)
-
-
-@cache  # never dropped: who noted a call down has only its address
-def _compiled(form: _Form, isa: Isa) -> _Code:
     library = engine.load(
         lambda: _module(form, isa),
         isa,
@@ -252,7 +252,9 @@ def _run(code: _Code, left: Tensor, right: Tensor, init: Tensor | None, out: Ten
     (rows, k), columns = left.shape, right.shape[1]
     lanes, (height, vectors_of_tile) = mode.lanes(isa), mode.tile
     depth = _even_part(k, depth_of(isa, mode.kind), max(8 * mode.group, mode.whole))
-    width = _even_part(columns, max(_RIGHT_BYTES // (depth * form.mode.itemsize), 1), vectors_of_tile * lanes)
+    width = _even_part(
+        columns, max(_RIGHT_BYTES // (mode.elements(depth) * mode.weight.size), 1), vectors_of_tile * lanes
+    )
     count = 1 if 2 * rows * columns * k < _WORK_TO_SHARE else threads.count()
     vectors = -(-width // lanes)
     by_panels = count > 1 and -(-rows // height) < min(4 * count, -(-vectors // vectors_of_tile))
@@ -309,7 +311,7 @@ def _even_part(size: int, most: int, multiple: int) -> int:
 
 def _module(form: _Form, isa: Isa) -> ir.Module:
     """A module with ``multiply``, which does one block of columns and of k."""
-    kind, source, mode = _KINDS[form.mode], _KINDS[form.operand], form.numeric(isa)
+    kind, source, mode = form.kind, _KINDS[form.operand], form.numeric(isa)
     height = mode.tile[0]
     module = ir.Module("matmul")
     body = function(module, "block", VOID, [PTR, I64, I64])

@@ -1,13 +1,14 @@
 """Numeric modes of products: what their numbers are, how they lie in memory, how they are multiplied. The one table.
 
-A mode is asked for by a type of LLVM (F32, F64, BF16). It says how many neighbouring k make one *element* of what is
-packed, what such an element is, and how a micro-kernel gets from elements to sums:
+A mode is asked for by a type of LLVM (F32, F64, BF16), or by BF16X3. It says how many neighbouring k make one
+*element* of what is packed, what such an element is, and how a micro-kernel gets from elements to sums:
 
 | asked for | operands | sums, init, out | k in an element | multiplied by |
 |---|---|---|---|---|
 | F32, F64 | as they are | the same | 1 | fused multiply-add |
 | BF16, with ``isa.dot`` | rounded to bfloat16 | float32 | 2, a word of two halves | the instruction for pairs |
 | BF16, with its ``unit`` | rounded to bfloat16 | float32 | 2, and 16 elements together | the matrix unit (``tiles``) |
+| BF16X3, with its ``unit`` | float32 in two halves | float32 | the same, three times | the matrix unit |
 | BF16, without | rounded to bfloat16 | float32 | 2 | widened to float32: fused multiply-add of either half |
 
 Without the instruction a weight is packed to bfloat16 all the same, half the bytes to read, and widened by a shift once
@@ -16,20 +17,26 @@ for all the rows of a tile; the rows of ``left`` are rounded, but kept as float3
 In BF16 denormal numbers count as zero: the instructions take them so whatever the mode of the processor is, and the
 arithmetic that stands in for them where numbers are rounded does the same. Rounding is to nearest, ties to even; NaN
 stays NaN, and what is larger than every bfloat16 becomes infinite.
+
+BF16X3 is nearly float32 for a third of the speed of bfloat16, which a matrix unit makes worth while: x is its rounded
+half x₁ and the rest x₂, rounded too, and x y is taken for x₁y₁ + x₁y₂ + x₂y₁, off by about 2⁻¹⁶ of it. Here that is a
+product of bfloat16 with three times as many k: a row of ``left`` is (x₁, x₁, x₂), a column of the weight (y₁, y₂, y₁).
+Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
+ARITH 2019.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from llvmlite import ir
 
-from .code import BF16, F32, F64, I16, I32, I64, at, constant, intrinsic, load, splat, suffix, vector
+from .code import BF16, BF16X3, F32, F64, I16, I32, I64, at, constant, intrinsic, load, splat, suffix, vector
 from .isa import DOTS, Dot, Isa, Unit
 
-__all__ = ["Cell", "Numeric", "numeric", "rounded"]
+__all__ = ["Cell", "Numeric", "in_halves", "numeric", "rest", "rounded"]
 
 _SUMS = 12
 """Sums that a micro-kernel keeps apart: two multiplications start a cycle, and each takes four to six."""
@@ -43,7 +50,8 @@ class Cell:
     """An element of what is packed, and the numbers in memory that it is made from.
 
     ``kind`` is the type of the element, ``source`` that of a number, as it is read: F32, F64, or I16 for bfloat16.
-    ``group`` neighbouring k are one element, of ``part`` bits each, the first one lowest.
+    ``group`` neighbouring k are one element, of ``part`` bits each, the first one lowest. ``rest``: not the rounded
+    numbers, but what rounding leaves of them.
     """
 
     name: str
@@ -52,6 +60,7 @@ class Cell:
     group: int
     part: int
     dot: Dot | None = None
+    rest: bool = False
 
     @property
     def size(self) -> int:
@@ -67,6 +76,7 @@ class Cell:
         """Of every number, what of an element it becomes."""
         if self.group == 1:
             return numbers
+        numbers = rest(b, numbers) if self.rest else numbers
         halves = rounded(b, numbers, self.dot) if self.source is F32 else numbers
         if self.part == 16:
             return halves
@@ -95,7 +105,8 @@ class Cell:
 class Numeric:
     """A mode: ``sums`` are the type of sums, init and out, ``tile`` the most rows and vectors that a tile has.
 
-    ``weight`` and ``left`` are what elements are made of if they come from ``source``.
+    ``weight`` and ``left`` are what elements are made of if they come from ``source``. ``rests``: of every number the
+    rest is multiplied too.
     """
 
     kind: ir.Type
@@ -104,6 +115,17 @@ class Numeric:
     left: Cell
     tile: tuple[int, int]
     dot: Dot | None = None
+    rests: bool = False
+
+    @property
+    def weights(self) -> list[Cell]:
+        """What a column of a packed weight is made of, one after the other for all k."""
+        return [self.weight, replace(self.weight, rest=True), self.weight] if self.rests else [self.weight]
+
+    @property
+    def lefts(self) -> list[Cell]:
+        """What a row of ``left`` is made of."""
+        return [self.left, self.left, replace(self.left, rest=True)] if self.rests else [self.left]
 
     @property
     def group(self) -> int:
@@ -122,13 +144,13 @@ class Numeric:
 
     def elements(self, k: int) -> int:
         """How many elements so many k are, filled up."""
-        return -(-k // self.whole) * (self.whole // self.group)
+        return -(-k // self.whole) * (self.whole // self.group) * len(self.weights)
 
     def elements_of(self, b: ir.IRBuilder, k: ir.Value) -> ir.Value:
         """The same, for a number that is known only when it runs."""
-        together = self.whole // self.group
-        elements = b.udiv(b.add(k, I64(self.whole - 1)), I64(self.whole)) if self.whole > 1 else k
-        return b.mul(elements, I64(together)) if together > 1 else elements
+        each = self.whole // self.group * len(self.weights)
+        count = b.udiv(b.add(k, I64(self.whole - 1)), I64(self.whole)) if self.whole > 1 else k
+        return b.mul(count, I64(each)) if each > 1 else count
 
     def lanes(self, isa: Isa) -> int:
         """Sums, and elements of a weight, in one vector."""
@@ -154,7 +176,7 @@ class Numeric:
         apart = self.left.part // 8
         return [splat(b, load(b, at(b, place, i * apart), self.sums), lanes) for i in range(self.group)]
 
-    def weights(self, b: ir.IRBuilder, place: ir.Value, lanes: int, align: int) -> list[ir.Value]:
+    def numbers(self, b: ir.IRBuilder, place: ir.Value, lanes: int, align: int) -> list[ir.Value]:
         """A vector of elements of a weight, as numbers that can be multiplied."""
         if self.dot:
             return [load(b, place, vector(BF16, 2 * lanes), align)]
@@ -174,16 +196,24 @@ class Numeric:
 
 @lru_cache(maxsize=64)
 def numeric(isa: Isa, kind: ir.Type, source: ir.Type | None = None) -> Numeric:
-    """The mode of a kind on a processor, its operands in memory of type ``source``: F32 or BF16 for BF16, else kind."""
-    if kind is not BF16:
+    """The mode of a kind on a processor, its operands in memory of type ``source``: F32 or BF16 for BF16, else one."""
+    if kind not in (BF16, BF16X3):
         bits = 32 if kind is F32 else 64
         cell = Cell(suffix(kind), kind, kind, 1, bits)
         return Numeric(kind, kind, cell, cell, isa.tile)
     dot = DOTS.get(isa.dot)
-    read, wide = (F32, ".f32") if source is F32 else (I16, "")
+    rests = kind == BF16X3
+    assert in_halves(isa) or not rests
+    read, wide = (F32, ".f32") if source is F32 or rests else (I16, "")
     pair = Cell(f"bf16{wide}", I32, read, 2, 16, dot)
     left = pair if dot else Cell(f"bf16.wide{wide}", I64, read, 2, 32)
-    return Numeric(BF16, F32, pair, left, isa.pair_tile, dot)
+    return Numeric(kind, F32, pair, left, isa.pair_tile, dot, rests)
+
+
+def in_halves(isa: Isa) -> bool:
+    """Whether products of "high" precision are BF16X3 on a processor: where that is faster than float32."""
+    dot = DOTS.get(isa.dot)
+    return dot is not None and dot.unit is not None
 
 
 def rounded(b: ir.IRBuilder, numbers: ir.Value, dot: Dot | None, flushed: bool = True) -> ir.Value:
@@ -206,6 +236,15 @@ def rounded(b: ir.IRBuilder, numbers: ir.Value, dot: Dot | None, flushed: bool =
     quiet = b.or_(bits, constant(whole, 1 << 22))
     near = b.select(b.icmp_unsigned(">", magnitude, constant(whole, 0x7F800000)), quiet, near)
     return b.trunc(b.lshr(near, constant(whole, 16)), vector(I16, lanes))
+
+
+def rest(b: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    """What rounding to bfloat16 leaves of float32; nothing where it leaves no number."""
+    whole = _like(numbers.type, I32)
+    halves = b.zext(rounded(b, numbers, None), whole)
+    near = b.bitcast(b.shl(halves, constant(whole, 16)), numbers.type)
+    left = b.fsub(numbers, near)
+    return b.select(b.fcmp_ordered("ord", left, left), left, constant(numbers.type, 0))
 
 
 def _like(kind: ir.Type, element: ir.Type) -> ir.Type:

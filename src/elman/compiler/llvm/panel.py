@@ -102,7 +102,7 @@ def pack(
     """
     general = k is None or columns is None
     mode = numeric(isa, kind, source)
-    name = f"pack.{mode.weight.name}" + ("" if general else f".{k}x{columns}")
+    name = f"pack.{mode.weight.name}{'.rests' * mode.rests}" + ("" if general else f".{k}x{columns}")
     made = internal(module, name, [PTR, PTR, I64, I64, I64, I64] + [I64] * 2 * general)
     if made.blocks:
         return made
@@ -114,8 +114,8 @@ def pack(
         split = any_columns(b, isa, kind, width_of_all)
     else:
         length, width_of_all, split = I64(k), I64(columns), columns_of(columns, isa, kind)
-    written, elements = ceil(b, length, mode.group), mode.elements_of(b, length)
-    bytes_of_vector = b.mul(elements, I64(isa.bytes))
+    bytes_of_vector = b.mul(mode.elements_of(b, length), I64(isa.bytes))
+    written, every = ceil(b, length, mode.group), b.udiv(mode.elements_of(b, length), I64(len(mode.weights)))
     with counted(b, first_panel, last_panel, name="panel") as panel:
         start, width = split.place(b, panel)
         target = at(b, packed, b.mul(start, bytes_of_vector))
@@ -124,12 +124,13 @@ def pack(
             there = intrinsic(b, "llvm.smin.i64", I64, [I64(lanes), b.sub(width_of_all, column)])
             step = b.mul(width, I64(isa.bytes))
             origin = at(b, weight, b.mul(column, column_stride))
-            goal = at(b, target, b.mul(strip, I64(isa.bytes)))
-            arguments = [goal, step, origin, k_stride, column_stride, length]
-            b.call(_pack_strip(module, mode.weight, lanes), [*arguments, there])
-            if mode.whole > mode.group:
-                with counted(b, written, elements, name="fill") as i:
-                    store(b, constant(vector(mode.weight.kind, lanes), 0), at(b, goal, b.mul(i, step)))
+            for number, cell in enumerate(mode.weights):
+                goal = at(b, at(b, target, b.mul(b.mul(every, I64(number)), step)), b.mul(strip, I64(isa.bytes)))
+                arguments = [goal, step, origin, k_stride, column_stride, length, there]
+                b.call(_pack_strip(module, cell, lanes), arguments)
+                if mode.whole > mode.group:
+                    with counted(b, written, every, name="fill") as i:
+                        store(b, constant(vector(cell.kind, lanes), 0), at(b, goal, b.mul(i, step)))
     b.ret_void()
     return made
 
@@ -190,17 +191,22 @@ def narrow(module: ir.Module, isa: Isa, kind: ir.Type, source: ir.Type | None = 
     the same whoever does it. ``source`` is as for ``pack``.
     """
     mode = numeric(isa, kind, source)
-    return _rows_of_cells(module, isa, mode.left, mode.whole)
+    return _rows_of_cells(module, isa, mode.lefts, mode.whole)
 
 
 def rows_narrowed(module: ir.Module, isa: Isa, kind: ir.Type) -> ir.Function:
     """The function that rounds rows of the sums of a kind to rows of the kind itself: as ``narrow``, nothing added."""
-    return _rows_of_cells(module, isa, numeric(isa, kind, numeric(isa, kind).sums).weight, 1)
+    return _rows_of_cells(module, isa, [numeric(isa, kind, numeric(isa, kind).sums).weight], 1)
 
 
-def _rows_of_cells(module: ir.Module, isa: Isa, cell: Cell, whole: int) -> ir.Function:
-    """Rows of numbers to rows of what of an element they become, filled up with zeros to a multiple of ``whole``."""
-    made = internal(module, f"rows.{cell.name}" + (".filled" if whole > 1 else ""), [PTR, I64, PTR, I64, I64, I64])
+def _rows_of_cells(module: ir.Module, isa: Isa, cells: list[Cell], whole: int) -> ir.Function:
+    """Rows of numbers to rows of what of an element they become, each filled up with zeros to a multiple of ``whole``.
+
+    Of several cells those of one follow those of another.
+    """
+    cell = cells[0]
+    name = f"rows.{cell.name}" + (".filled" if whole > 1 else "") + (f".{len(cells)}" if len(cells) > 1 else "")
+    made = internal(module, name, [PTR, I64, PTR, I64, I64, I64])
     if made.blocks:
         return made
     out, out_stride, rows, rows_stride, count, k = made.args
@@ -211,14 +217,17 @@ def _rows_of_cells(module: ir.Module, isa: Isa, cell: Cell, whole: int) -> ir.Fu
     filled = b.mul(ceil(b, k, whole), I64(whole))
     with counted(b, 0, count, name="row") as row:
         target, source = at(b, out, b.mul(row, out_stride)), at(b, rows, b.mul(row, rows_stride))
+        goals = rows_at(b, target, b.mul(filled, I64(size)), len(cells))
         with counted(b, 0, in_vectors, lanes) as i:
             numbers = load(b, at(b, source, b.mul(i, I64(cell.item))), numbers_of)
-            store(b, cell.parts(b, numbers), at(b, target, b.mul(i, I64(size))))
+            for made_of, goal in zip(cells, goals, strict=True):
+                store(b, made_of.parts(b, numbers), at(b, goal, b.mul(i, I64(size))))
         with counted(b, in_vectors, filled, lanes, name="rest") as i:
             there = intrinsic(b, "llvm.smax.i64", I64, [b.sub(k, i), I64(0)])
             present, written = mask_below(b, there, lanes), mask_below(b, b.sub(filled, i), lanes)
             numbers = masked_load(b, at(b, source, b.mul(i, I64(cell.item))), numbers_of, present)
-            masked_store(b, cell.parts(b, numbers), at(b, target, b.mul(i, I64(size))), written)
+            for made_of, goal in zip(cells, goals, strict=True):
+                masked_store(b, made_of.parts(b, numbers), at(b, goal, b.mul(i, I64(size))), written)
     b.ret_void()
     return made
 
@@ -226,44 +235,49 @@ def _rows_of_cells(module: ir.Module, isa: Isa, cell: Cell, whole: int) -> ir.Fu
 def _turned_rows(module: ir.Module, isa: Isa, mode: Numeric) -> ir.Function:
     """``pack_left`` for a matrix unit: rows filled up as ``narrow`` fills them, from a left of any strides."""
     cell, side = mode.left, _SQUARE
-    made = internal(module, f"pack.{cell.name}.rows", [PTR, I64, PTR, I64, I64, I64, I64])
+    made = internal(module, f"pack.{cell.name}.rows.{len(mode.lefts)}", [PTR, I64, PTR, I64, I64, I64, I64])
     if made.blocks:
         return made
     packed, row_stride, left, left_stride, left_step, rows, length = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
     size = I64(cell.size)
+    every = b.udiv(mode.elements_of(b, length), I64(len(mode.lefts)))
     neighbours = b.icmp_signed("==", left_stride, I64(cell.item))
     squares_down = b.select(neighbours, b.and_(rows, I64(-side)), I64(0))
     squares_along = b.and_(b.udiv(length, I64(cell.group)), I64(-side))
+
+    def goals(row: ir.Value, i: ir.Value) -> list[ir.Value]:
+        here = at(b, at(b, packed, b.mul(row, row_stride)), b.mul(i, size))
+        return rows_at(b, here, b.mul(every, size), len(mode.lefts))
+
     # A few k of all rows before the next ones: what lies side by side is read together.
     with counted(b, 0, squares_along, side, name="k") as i, counted(b, 0, squares_down, side, name="rows") as row:
         origin = at(b, left, b.mul(row, left_stride))
-        lines = []
-        for further in range(side):
-            places = _numbers_at(b, cell, origin, left_step, b.add(i, I64(further)), cell.group)
-            lines.append(_across(b, cell, places, side))
-        goal = at(b, at(b, packed, b.mul(row, row_stride)), b.mul(i, size))
-        for line, place in zip(_transposed(b, lines), rows_at(b, goal, row_stride, side), strict=True):
-            store(b, line, place)
+        places = [_numbers_at(b, cell, origin, left_step, b.add(i, I64(n)), cell.group) for n in range(side)]
+        for made_of, goal in zip(mode.lefts, goals(row, i), strict=True):
+            lines = _transposed(b, [_across(b, made_of, each, side) for each in places])
+            for line, place in zip(lines, rows_at(b, goal, row_stride, side), strict=True):
+                store(b, line, place)
     for first, end, present in _runs(b, cell, length):
         with counted(b, 0, rows, name="row") as row:
             in_squares = b.select(b.icmp_signed("<", row, squares_down), squares_along, I64(0))
             begin = intrinsic(b, "llvm.smax.i64", I64, [first, in_squares])
-            origin, goal = at(b, left, b.mul(row, left_stride)), at(b, packed, b.mul(row, row_stride))
+            origin = at(b, left, b.mul(row, left_stride))
             with counted(b, begin, end, name="single") as i:
-                made_of = _across(b, cell, _numbers_at(b, cell, origin, left_step, i, present), 1)
-                store(b, made_of, at(b, goal, b.mul(i, size)))
-    with counted(b, 0, rows, name="fill") as row:
-        goal = at(b, packed, b.mul(row, row_stride))
-        with counted(b, ceil(b, length, cell.group), mode.elements_of(b, length), name="element") as i:
-            store(b, constant(cell.kind, 0), at(b, goal, b.mul(i, size)))
+                numbers = _numbers_at(b, cell, origin, left_step, i, present)
+                for made_of, goal in zip(mode.lefts, goals(row, i), strict=True):
+                    store(b, _across(b, made_of, numbers, 1), goal)
+    written = ceil(b, length, cell.group)
+    with counted(b, 0, rows, name="fill") as row, counted(b, written, every, name="element") as i:
+        for goal in goals(row, i):
+            store(b, constant(cell.kind, 0), goal)
     b.ret_void()
     return made
 
 
 def _pack_strip(module: ir.Module, cell: Cell, lanes: int) -> ir.Function:
     """Pack so many columns, ``there`` of which exist, side by side; the rows of the strip lie ``step`` bytes apart."""
-    made = internal(module, f"pack.{cell.name}.strip{lanes}", [PTR, I64, PTR, I64, I64, I64, I64])
+    made = internal(module, f"pack.{cell.name}{'.rest' * cell.rest}.strip{lanes}", [PTR, I64, PTR, I64, I64, I64, I64])
     if made.blocks:
         return made
     target, step, source, k_stride, column_stride, k, there = made.args

@@ -16,6 +16,7 @@ from ...errors import UnsupportedError
 from . import elementary
 from .code import BOOL, F32, F64, I32, I64, vector
 from .lanes import Lanes, Operand, is_float
+from .numeric import rest
 
 __all__ = ["OPERATIONS", "convert", "emit", "supports"]
 
@@ -337,6 +338,7 @@ _AS_GIVEN: dict[str, Rule] = {
     "_to_copy": lambda x, **_: x,
     "alias": lambda x: x,
     "clone": lambda x, **_: x,
+    "bfloat16_rest": lambda x: Lanes(x.b, rest(x.b, x.value)),  # ours alone
     "copy": lambda x, src, *_: src if isinstance(src, Lanes) else x.like(src),
     "detach": lambda x: x,
     "lift_fresh": lambda x: x,

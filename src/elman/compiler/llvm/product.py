@@ -81,7 +81,8 @@ _PREFETCHING = 4
 def depth_of(isa: Isa, kind: ir.Type = F32) -> int:
     """The most rows of a weight that a product without a shape should be given at a time: they are one block."""
     mode = numeric(isa, kind)
-    return _SECOND_CACHE // (mode.tile[1] * isa.bytes) * mode.group
+    elements = _SECOND_CACHE // (mode.tile[1] * isa.bytes) // len(mode.weights)
+    return elements * mode.group // mode.whole * mode.whole
 
 
 def product(
@@ -188,7 +189,7 @@ def micro_kernel(
     def step(k: ir.Value, sums: Sequence[ir.Value], further: int = 0) -> list[ir.Value]:
         here = at(b, weights, b.mul(k, I64(vectors * isa.bytes)))
         w = [
-            mode.weights(b, at(b, here, (further * vectors + v) * isa.bytes), lanes, isa.bytes) for v in range(vectors)
+            mode.numbers(b, at(b, here, (further * vectors + v) * isa.bytes), lanes, isa.bytes) for v in range(vectors)
         ]
         if rows >= _PREFETCHING and not general:
             for v in range(vectors):

@@ -89,7 +89,8 @@ class Products(Values):
         part = (b_value.buffer, int(b.storage_offset()), int(b.stride(0)), int(b.stride(1)))
         weight: Any = b_value.buffer if plain else part
         out = Access(buffer, 0, (n, 1) if times > 1 else (1,))
-        self.items.append(Product(out, init, access, weight, k, n, times))
+        rests = access.buffer.dtype == torch.bfloat16 and a.dtype == torch.float32 and self.narrow[a.dtype].rests
+        self.items.append(Product(out, init, access, weight, k, n, times, rests=rests))
         self.values[node] = Value(like, len(self.items), buffer)
         if late is not None:  # what is added lies too far apart to start from
             alone = self.made(f"{node.name}_product", node.meta["val"], like=node)
@@ -110,18 +111,23 @@ class Products(Values):
 
     def _matrix(self, node: fx.Node, view: Tensor) -> tuple[Access, int, int]:
         """The left side of a product, in the type that the product multiplies, filled up with zeros where it must."""
-        whole = self.pairs.get(view.dtype)
-        if whole is None:
+        mode = self.narrow.get(view.dtype)
+        if mode is None:
             return self._rows_of_left(*self._computed(node, view))
         access, times, k = self._rows_of_left(node, view)
-        row = -(-k // whole) * whole
-        if access.buffer.dtype == torch.bfloat16 and row == k:
+        every = -(-k // mode.whole) * mode.whole
+        if access.buffer.dtype == torch.bfloat16 and every == k:
             return access, times, k
-        copy = self.values[self.copied(node, view)]
-        halves = self.new_buffer(f"{node.name}_halves", "batch", copy.meta, torch.bfloat16)
-        halves.row, halves.filled = times * row, row > k
+        copy = self.copied(node, view)
+        rest = self.made(f"{node.name}_rest", view, copy, like=node)
+        if mode.rests:
+            self.pointwise(rest, "bfloat16_rest")
+        row = every * len(mode.lefts)
+        halves = self.new_buffer(f"{node.name}_halves", "batch", self.values[copy].meta, torch.bfloat16)
+        halves.row, halves.filled = times * row, every > k
         along = tuple(stride for size, stride in ((times, row), (k, 1)) if size != 1)
-        self.store(copy, Access(halves, 0, along))
+        for number, cell in enumerate(mode.lefts):
+            self.store(self.values[rest if cell.rest else copy], Access(halves, number * every, along))
         return Access(halves, 0, (row, 1) if times > 1 else (1,)), times, k
 
     def _rows_of_left(self, node: fx.Node, view: Tensor) -> tuple[Access, int, int]:

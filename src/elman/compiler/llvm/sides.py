@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Generator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -56,7 +55,7 @@ class _Code(NamedTuple):
     set_threads: Callable[[int], None]
 
 
-@lru_cache(maxsize=1)
+@engine.kept
 def _code() -> _Code | None:
     """None where there is no machine code, or no OpenMP library that PyTorch runs on."""
     isa, openmp = host(), threads.openmp()

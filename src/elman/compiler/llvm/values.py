@@ -19,6 +19,7 @@ from ...errors import UnsupportedError
 from ..step import batch_multiple, location
 from .body import Body
 from .items import Access, Buffer, Item, Kind, Map, Op
+from .numeric import Numeric
 
 __all__ = ["DTYPES", "Value", "Values", "computed_in"]
 
@@ -52,9 +53,9 @@ class Values:
         states: dict[fx.Node, int],
         stored: Sequence[fx.Node],
         varying: set[fx.Node],
-        pairs: Mapping[torch.dtype, int],
+        narrow: Mapping[torch.dtype, Numeric],
     ) -> None:
-        self.body, self.unit, self.pairs = body, body.unit, pairs
+        self.body, self.unit, self.narrow = body, body.unit, narrow
         self.items: list[Item] = []
         self.buffers: list[Buffer] = []
         self.values: dict[fx.Node, Value] = {}
