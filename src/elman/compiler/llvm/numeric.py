@@ -239,12 +239,14 @@ def rounded(b: ir.IRBuilder, numbers: ir.Value, dot: Dot | None, flushed: bool =
 
 
 def rest(b: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
-    """What rounding to bfloat16 leaves of float32; nothing where it leaves no number."""
+    """What rounding to bfloat16 leaves of float32: nothing of what is not finite, or then is not."""
     whole = _like(numbers.type, I32)
     halves = b.zext(rounded(b, numbers, None), whole)
     near = b.bitcast(b.shl(halves, constant(whole, 16)), numbers.type)
     left = b.fsub(numbers, near)
-    return b.select(b.fcmp_ordered("ord", left, left), left, constant(numbers.type, 0))
+    size = intrinsic(b, f"llvm.fabs.{suffix(left.type)}", left.type, [left])
+    finite = b.fcmp_ordered("<", size, constant(left.type, float("inf")))
+    return b.select(finite, left, constant(left.type, 0))
 
 
 def _like(kind: ir.Type, element: ir.Type) -> ir.Type:

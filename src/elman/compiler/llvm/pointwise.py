@@ -338,7 +338,7 @@ _AS_GIVEN: dict[str, Rule] = {
     "_to_copy": lambda x, **_: x,
     "alias": lambda x: x,
     "clone": lambda x, **_: x,
-    "bfloat16_rest": lambda x: Lanes(x.b, rest(x.b, x.value)),  # ours alone
+    "bfloat16_rest": lambda x: Lanes(x.b, rest(x.b, convert(x, F32).value)),  # ours alone
     "copy": lambda x, src, *_: src if isinstance(src, Lanes) else x.like(src),
     "detach": lambda x: x,
     "lift_fresh": lambda x: x,
