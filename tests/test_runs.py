@@ -17,7 +17,7 @@ from processes import started
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
 PAGES = [ROOT / "docs" / name for name in ("choose-a-cell.md", "experiments.md", "slow.md")]
-SCRIPTS = sorted(path.stem for path in RUNS.glob("*.py") if path.stem != "kept")
+SCRIPTS = sorted(path.stem for path in RUNS.glob("*.py") if path.stem not in ("kept", "rivals"))
 SLOW = ("choose_a_cell",)
 """More than ten seconds even with --quick."""
 
