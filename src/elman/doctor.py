@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ PACKAGES = ("elman", "torch", "llvmlite", "numpy", "safetensors", "pydantic", "t
 CHECKED = (*{kind: name for name, kind in reversed(CELLS.items())}.values(), "stack(2, residual(lstm))")[::-1]
 """Every cell, under one of its names, and a combination."""
 
-TOLERANCE = 1e-10
-"""Largest deviation allowed in float64, relative to the largest value: far above rounding, far below a
-mistake."""
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "high": 2e-4, "medium": 5e-2, "bf16": 5e-2}
+"""Largest deviation allowed, relative to the largest value, by precision: far above rounding, far below a mistake."""
+
+NARROW = ("lstm", "gru")
+"""Cells that are checked with less precision than float64 too, on the backend whose arithmetic is its own."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -52,40 +56,56 @@ def describe_machine() -> dict[str, Any]:
 def check_numbers() -> list[dict[str, Any]]:
     """What is CHECKED, on each backend, against a loop written by hand: values, final state and every gradient.
 
-    The figures are the largest deviations relative to the largest value, in float64.
+    The figures are the largest deviations relative to the largest value, in float64. The machine code of NARROW is
+    checked at every other precision as well: of products, "high" and "medium", or under autocast, "bf16".
     """
+    wanted = [(backend, name, "float64") for backend in BACKENDS if backend != "auto" for name in CHECKED]
+    wanted += [("llvm", name, precision) for name in NARROW for precision in TOLERANCES if precision != "float64"]
     checks = []
-    for backend in BACKENDS:
-        if backend == "auto":
-            continue
-        for name in CHECKED:
-            values, gradients = _deviation(name, backend)
-            ok = values <= TOLERANCE and gradients <= TOLERANCE
-            checks.append({"backend": backend, "cell": name, "values": values, "gradients": gradients, "ok": ok})
+    for backend, name, precision in wanted:
+        values, gradients = _deviation(name, backend, precision)
+        ok = max(values, gradients) <= TOLERANCES[precision]
+        found = {"backend": backend, "cell": name, "precision": precision, "values": values, "gradients": gradients}
+        checks.append({**found, "ok": ok})
     return checks
 
 
-def _deviation(name: str, backend: str) -> tuple[float, float]:
-    steps, batch, inputs, hidden = 7, 3, 5, 6
+def _deviation(name: str, backend: str, precision: str) -> tuple[float, float]:
+    wide = precision == "float64"
+    steps, batch, inputs, hidden = (7, 3, 5, 6) if wide else (7, 35, 20, 70)  # more than one tile
     generator = torch.Generator().manual_seed(1)
     cell = make_cell(name, inputs, hidden).double()
     with torch.no_grad():
         for parameter in cell.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(drawn / (3 if wide else hidden**0.5))
     xs = torch.randn(steps, batch, inputs, generator=generator, dtype=torch.float64, requires_grad=True)
-    ys, state = scan(cell, xs, _start(cell, batch), backend=backend)
-    expected_ys, expected_state = _by_hand(cell, xs, _start(cell, batch))
-    got, expected = [ys, *pytree.tree_leaves(state)], [expected_ys, *pytree.tree_leaves(expected_state)]
-    inputs_and_weights = [xs, *cell.parameters()]
-    return (
-        _largest(got, expected),
-        _largest(_gradients(got, inputs_and_weights), _gradients(expected, inputs_and_weights)),
-    )
+    expected_ys, expected_state = _by_hand(cell, xs, _start(cell, batch, torch.float64))
+    expected = [expected_ys, *pytree.tree_leaves(expected_state)]
+    expected_gradients = _gradients(expected, [xs, *cell.parameters()])
+    kind = torch.float64 if wide else torch.float32
+    cell, xs = cell.to(kind), xs.detach().to(kind).requires_grad_()
+    with _arithmetic(precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            ys, state = scan(cell, xs, _start(cell, batch, kind), backend=backend)
+        got = [ys, *pytree.tree_leaves(state)]
+        gradients = _gradients(got, [xs, *cell.parameters()])
+    return _largest(got, expected), _largest(gradients, expected_gradients)
 
 
-def _start(cell: nn.Module, batch: int) -> Any:
-    cpu = torch.device("cpu")
-    return cell.initial_state(batch, device=cpu, dtype=torch.float64)  # type: ignore[operator]
+@contextmanager
+def _arithmetic(precision: str) -> Iterator[None]:
+    """PyTorch's products of float32 have that precision, where it is one of theirs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision if precision in ("high", "medium") else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _start(cell: nn.Module, batch: int, dtype: torch.dtype) -> Any:
+    return cell.initial_state(batch, device=torch.device("cpu"), dtype=dtype)  # type: ignore[operator]
 
 
 def _by_hand(cell: nn.Module, xs: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -97,7 +117,7 @@ def _by_hand(cell: nn.Module, xs: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 def _gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    loss = torch.stack([(output * output).sum() for output in outputs]).sum()
+    loss = torch.stack([(output.double() ** 2).sum() for output in outputs]).sum()
     return list(torch.autograd.grad(loss, inputs))
 
 

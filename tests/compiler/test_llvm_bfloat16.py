@@ -25,6 +25,7 @@ from elman.cells import ElmanCell, LSTMCell
 from elman.compiler.cache import forget
 from elman.compiler.llvm.isa import DOTS, _permitted, chosen, runnable
 from elman.compiler.llvm.kernel import Kernel
+from elman.doctor import NARROW, TOLERANCES, _deviation
 from elman.errors import UnfoldWarning
 
 T, B = 9, 5
@@ -172,6 +173,16 @@ def test_tiles_of_threads_and_of_a_child(batch: int) -> None:
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("name", NARROW)
+def test_what_doctor_checks_is_right_on_tiles(name: str, precision: str, processor: str) -> None:
+    deviation = max(_deviation(name, "llvm", precision))
+    assert deviation <= TOLERANCES[precision]
+    least = {"float64": 0, "float32": 0, "high": 1e-6 if processor == "tiles" else 0, "medium": 1e-4, "bf16": 1e-4}
+    here = chosen()
+    assert deviation > least[precision] or (precision == "medium" and not (here and here.dot))
 
 
 def test_a_matrix_unit_is_used_where_the_system_permits_it() -> None:

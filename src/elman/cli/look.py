@@ -142,12 +142,13 @@ def doctor(
     else:
         for name, fact in facts.items():
             print(f"{name:<14}{', '.join(fact) if isinstance(fact, list) else fact}")
-        print("self-check: scan against a loop written by hand, float64, largest deviation")
+        print("self-check: scan against a loop written by hand in float64, largest deviation")
         longest = max(len(check["cell"]) for check in checks)
         for check in checks:
             mark = "ok" if check["ok"] else "WRONG"
             print(
-                f"  {check['backend']:<11}{check['cell']:<{longest}} values {check['values']:.1e}  "
+                f"  {check['backend']:<11}{check['cell']:<{longest}} {check['precision']:<8} "
+                f"values {check['values']:.1e}  "
                 f"gradients {check['gradients']:.1e}  {mark}"
             )
     if not all(check["ok"] for check in checks):
