@@ -285,7 +285,7 @@ def test_medium_rounds_the_operands_where_that_is_faster(shape: tuple[int, int, 
         high = multiply(lay(left), turn(right), init, precision="high")
         assert torch.equal(high, exact) != in_halves(found)
         terms = left.double().abs() @ right.double().abs()
-        assert bool(((high.double() - exact).abs() <= 2**-16 * terms + 1e-6 * (terms + init.abs())).all())
+        assert bool(((high.double() - exact).abs() <= 2**-15 * terms + 1e-6 * (terms + init.abs())).all())
         out = multiply(lay(left), turn(right), init, precision="medium")
         assert torch.equal(out, exact) != bool(found.dot)
         if found.dot:
@@ -293,6 +293,21 @@ def test_medium_rounds_the_operands_where_that_is_faster(shape: tuple[int, int, 
             assert torch.equal(out, own)
             assert_close(out, left.bfloat16(), right.bfloat16(), init)
         assert torch.equal(matmul.added(init, lay(left), turn(right), "medium"), out) or m * k * n < matmul._LITTLE
+
+
+@pytest.mark.skipif(not usable(), reason="no machine code for tiles runs here")
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_halves_of_what_is_not_finite(value: float) -> None:
+    """It is multiplied once: by 0 it would be NaN, and so would be one infinity with the other."""
+    left, right = torch.eye(5, 40), torch.full((40, 7), 1.1)
+    left[0, 0] = left[1, 39] = right[3, 2] = right[4, 0] = value
+    right[0, 1], right[4, 1] = 1.0, 1.0  # without a rest
+    with machine_with_tiles():
+        exact = multiply(left, right)
+        for lay, turn in two_layouts(AMX.name):
+            found = multiply(lay(left), turn(right), precision="high")
+            assert torch.equal(found.isnan(), exact.isnan())
+            torch.testing.assert_close(found.nan_to_num(), exact.nan_to_num(), rtol=2**-15, atol=0)
 
 
 @pytest.mark.skipif(not usable(), reason="no machine code for tiles runs here")

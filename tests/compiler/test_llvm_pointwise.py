@@ -162,12 +162,13 @@ CASES = [
     *(case for kind in KINDS for operand in "mib" for case in cases("_to_copy", operand, dtype=kind)),
     *cases("exp sigmoid", "i", ulps=4),
     *cases("copy", "x", "i"),
-    *cases("lift_fresh bfloat16_rest", "x"),
+    *cases("lift_fresh bfloat16_finite bfloat16_rest", "x"),
 ]
 OWN = {  # what torch offers by no such operation, or computes from less
     "cosh": lambda x: torch.from_numpy(numpy.cosh(x.numpy())),  # torch's own overflows before its result would
     "sinh": lambda x: torch.from_numpy(numpy.sinh(x.numpy())),
     "bfloat16_rest": lambda x: (x.float() - x.bfloat16().float()).nan_to_num(0, 0, 0).to(x.dtype),
+    "bfloat16_finite": lambda x: x.bfloat16().nan_to_num(0, 0, 0).to(x.dtype),
     "rsub": lambda x, y, alpha=1: y - x * alpha,
     "log_sigmoid": torch.nn.functional.logsigmoid,
     "log_sigmoid_backward": lambda g, x, _: aten.log_sigmoid_backward(g, x, torch.exp(-x.abs())),

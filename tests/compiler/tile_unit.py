@@ -142,11 +142,12 @@ def _obey(registers: Any) -> int:
     _must(code[0] == 0xC4, f"no tile instruction: {code.hex(' ')}")
     high, kind, opcode, mode = code[1], code[2], code[3], code[4]
     prefix = (None, 0x66, 0xF3, 0xF2)[kind & 3]
-    _must(high & 0x1F == 2 and not kind & 0x84, f"no tile instruction: {code.hex(' ')}")
+    _must(high & 0x9F == 0x82 and not kind & 0x84, f"no tile instruction: {code.hex(' ')}")
     unit = _units.setdefault(threading.get_native_id(), _Unit())
     inside = mode >> 6 == 3
     tile, other, third = mode >> 3 & 7, mode & 7, ~kind >> 3 & 15
     if opcode == 0x5C and prefix == 0xF3 and inside:
+        _must(bool(high & 0x20) and third < 8, "a tile above the last one")
         unit.multiply(tile, other, third)
         return 5
     _must(third == 0, "a third operand")

@@ -9,8 +9,8 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache, wraps
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -119,12 +119,16 @@ def kept(make: Callable[P, R]) -> Callable[P, R]:
     For machine code whose address is all that others keep: functools.cache would let two threads make it that come at
     the same time, and drop that of one of them.
     """
-    made = cache(make)
+    made: dict[tuple[Hashable, ...], R] = {}
 
     @wraps(make)
     def once(*args: P.args, **options: P.kwargs) -> R:
-        with _lock:
-            return made(*args, **options)  # type: ignore[arg-type]
+        key = (*args, *options.items())
+        if key not in made:  # else nobody waits for another that compiles
+            with _lock:
+                if key not in made:
+                    made[key] = make(*args, **options)
+        return made[key]
 
     return once
 

@@ -338,7 +338,7 @@ def _module(form: _Form, isa: Isa) -> ir.Module:
     room = at(b, w["scratch"], b.mul(thread, w["scratch_bytes"]))
     packed_stride = w["tile_stride"] if mode.unit else I64(mode.left.size)
     kept_stride = b.select(packs, packed_stride, b.select(narrows, w["narrowed_stride"], w["left_stride"]))
-    kept_step = b.select(packs, I64(height * mode.left.size), I64(mode.left.size))
+    kept_step = b.select(packs, I64((1 if mode.unit else height) * mode.left.size), I64(mode.left.size))
     with counted(b, begin, end, _ROWS, name="rows") as row:
         rows = intrinsic(b, "llvm.smin.i64", I64, [I64(_ROWS), b.sub(end, row)])
         left = at(b, w["left"], b.mul(row, w["left_stride"]))

@@ -19,24 +19,28 @@ arithmetic that stands in for them where numbers are rounded does the same. Roun
 stays NaN, and what is larger than every bfloat16 becomes infinite.
 
 BF16X3 is nearly float32 for a third of the speed of bfloat16, which a matrix unit makes worth while: x is its rounded
-half x₁ and the rest x₂, rounded too, and x y is taken for x₁y₁ + x₁y₂ + x₂y₁, off by about 2⁻¹⁶ of it. Here that is a
+half x₁ and the rest x₂, rounded too, and x y is taken for x₁y₁ + x₁y₂ + x₂y₁, off by 2⁻¹⁵ of it at most. Here that is a
 product of bfloat16 with three times as many k: a row of ``left`` is (x₁, x₁, x₂), a column of the weight (y₁, y₂, y₁).
+What is infinite is multiplied once: where it comes again, as second x₁ or y₁, and as a rest, there is 0.
 Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
 ARITH 2019.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 from llvmlite import ir
 
 from .code import BF16, BF16X3, F32, F64, I16, I32, I64, at, constant, intrinsic, load, splat, suffix, vector
 from .isa import DOTS, Dot, Isa, Unit
 
-__all__ = ["Cell", "Numeric", "in_halves", "numeric", "rest", "rounded"]
+__all__ = ["HALVES", "Cell", "Half", "Numeric", "in_halves", "numeric", "rounded"]
+
+Half = Literal["", "finite", "rest"]
 
 _SUMS = 12
 """Sums that a micro-kernel keeps apart: two multiplications start a cycle, and each takes four to six."""
@@ -50,8 +54,8 @@ class Cell:
     """An element of what is packed, and the numbers in memory that it is made from.
 
     ``kind`` is the type of the element, ``source`` that of a number, as it is read: F32, F64, or I16 for bfloat16.
-    ``group`` neighbouring k are one element, of ``part`` bits each, the first one lowest. ``rest``: not the rounded
-    numbers, but what rounding leaves of them.
+    ``group`` neighbouring k are one element, of ``part`` bits each, the first one lowest. ``half``: "" for the rounded
+    numbers, "finite" for those of them alone, "rest" for what rounding leaves.
     """
 
     name: str
@@ -60,7 +64,7 @@ class Cell:
     group: int
     part: int
     dot: Dot | None = None
-    rest: bool = False
+    half: Half = ""
 
     @property
     def size(self) -> int:
@@ -76,7 +80,7 @@ class Cell:
         """Of every number, what of an element it becomes."""
         if self.group == 1:
             return numbers
-        numbers = rest(b, numbers) if self.rest else numbers
+        numbers = HALVES[self.half](b, numbers) if self.half else numbers
         halves = rounded(b, numbers, self.dot) if self.source is F32 else numbers
         if self.part == 16:
             return halves
@@ -120,12 +124,12 @@ class Numeric:
     @property
     def weights(self) -> list[Cell]:
         """What a column of a packed weight is made of, one after the other for all k."""
-        return [self.weight, replace(self.weight, rest=True), self.weight] if self.rests else [self.weight]
+        return [replace(self.weight, half=half) for half in ("", "rest", "finite")] if self.rests else [self.weight]
 
     @property
     def lefts(self) -> list[Cell]:
         """What a row of ``left`` is made of."""
-        return [self.left, self.left, replace(self.left, rest=True)] if self.rests else [self.left]
+        return [replace(self.left, half=half) for half in ("", "finite", "rest")] if self.rests else [self.left]
 
     @property
     def group(self) -> int:
@@ -238,15 +242,25 @@ def rounded(b: ir.IRBuilder, numbers: ir.Value, dot: Dot | None, flushed: bool =
     return b.trunc(b.lshr(near, constant(whole, 16)), vector(I16, lanes))
 
 
-def rest(b: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
-    """What rounding to bfloat16 leaves of float32: nothing of what is not finite, or then is not."""
+def _near(b: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    """float32 rounded to bfloat16, as float32."""
     whole = _like(numbers.type, I32)
     halves = b.zext(rounded(b, numbers, None), whole)
-    near = b.bitcast(b.shl(halves, constant(whole, 16)), numbers.type)
-    left = b.fsub(numbers, near)
-    size = intrinsic(b, f"llvm.fabs.{suffix(left.type)}", left.type, [left])
-    finite = b.fcmp_ordered("<", size, constant(left.type, float("inf")))
-    return b.select(finite, left, constant(left.type, 0))
+    return b.bitcast(b.shl(halves, constant(whole, 16)), numbers.type)
+
+
+def _if_finite(b: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    """The numbers, 0 for those that are not finite."""
+    size = intrinsic(b, f"llvm.fabs.{suffix(numbers.type)}", numbers.type, [numbers])
+    finite = b.fcmp_ordered("<", size, constant(numbers.type, float("inf")))
+    return b.select(finite, numbers, constant(numbers.type, 0))
+
+
+HALVES: dict[str, Callable[[ir.IRBuilder, ir.Value], ir.Value]] = {
+    "finite": lambda b, numbers: _if_finite(b, _near(b, numbers)),
+    "rest": lambda b, numbers: _if_finite(b, b.fsub(numbers, _near(b, numbers))),
+}
+"""float32 → its half that bfloat16 has, and what is left of it; 0 where that is not finite."""
 
 
 def _like(kind: ir.Type, element: ir.Type) -> ir.Type:

@@ -277,7 +277,9 @@ def _turned_rows(module: ir.Module, isa: Isa, mode: Numeric) -> ir.Function:
 
 def _pack_strip(module: ir.Module, cell: Cell, lanes: int) -> ir.Function:
     """Pack so many columns, ``there`` of which exist, side by side; the rows of the strip lie ``step`` bytes apart."""
-    made = internal(module, f"pack.{cell.name}{'.rest' * cell.rest}.strip{lanes}", [PTR, I64, PTR, I64, I64, I64, I64])
+    made = internal(
+        module, f"pack.{cell.name}{cell.half and f'.{cell.half}'}.strip{lanes}", [PTR, I64, PTR, I64, I64, I64, I64]
+    )
     if made.blocks:
         return made
     target, step, source, k_stride, column_stride, k, there = made.args

@@ -16,7 +16,7 @@ from ...errors import UnsupportedError
 from . import elementary
 from .code import BOOL, F32, F64, I32, I64, vector
 from .lanes import Lanes, Operand, is_float
-from .numeric import rest
+from .numeric import HALVES
 
 __all__ = ["OPERATIONS", "convert", "emit", "supports"]
 
@@ -101,6 +101,11 @@ def _library(name: str) -> Rule:
 def _rounded(name: str) -> Rule:
     """An intrinsic that rounds; integers stay."""
     return lambda x: x.call(name) if is_float(x.kind) else x
+
+
+def _half(function: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Rule:
+    """Part of a float32, as a float32."""
+    return lambda x: Lanes(x.b, function(x.b, convert(x, F32).value))
 
 
 floor, trunc = _rounded("floor"), _rounded("trunc")
@@ -338,7 +343,7 @@ _AS_GIVEN: dict[str, Rule] = {
     "_to_copy": lambda x, **_: x,
     "alias": lambda x: x,
     "clone": lambda x, **_: x,
-    "bfloat16_rest": lambda x: Lanes(x.b, rest(x.b, convert(x, F32).value)),  # ours alone
+    **{f"bfloat16_{name}": _half(function) for name, function in HALVES.items()},  # ours alone
     "copy": lambda x, src, *_: src if isinstance(src, Lanes) else x.like(src),
     "detach": lambda x: x,
     "lift_fresh": lambda x: x,

@@ -119,15 +119,16 @@ class Products(Values):
         if access.buffer.dtype == torch.bfloat16 and every == k:
             return access, times, k
         copy = self.copied(node, view)
-        rest = self.made(f"{node.name}_rest", view, copy, like=node)
-        if mode.rests:
-            self.pointwise(rest, "bfloat16_rest")
         row = every * len(mode.lefts)
         halves = self.new_buffer(f"{node.name}_halves", "batch", self.values[copy].meta, torch.bfloat16)
         halves.row, halves.filled = times * row, every > k
         along = tuple(stride for size, stride in ((times, row), (k, 1)) if size != 1)
         for number, cell in enumerate(mode.lefts):
-            self.store(self.values[rest if cell.rest else copy], Access(halves, number * every, along))
+            part = copy
+            if cell.half:
+                part = self.made(f"{node.name}_{cell.half}", view, copy, like=node)
+                self.pointwise(part, f"bfloat16_{cell.half}")
+            self.store(self.values[part], Access(halves, number * every, along))
         return Access(halves, 0, (row, 1) if times > 1 else (1,)), times, k
 
     def _rows_of_left(self, node: fx.Node, view: Tensor) -> tuple[Access, int, int]:
