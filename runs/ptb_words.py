@@ -1,6 +1,6 @@
 """Words of the Penn Treebank by two layers of 200 units, in float32, with less precision, and with torch.nn.LSTM.
 
-    python runs/ptb_words.py [--text FOLDER] [--only NAME] [--epochs N] [--quick]
+    python runs/ptb_words.py [--text FOLDER] [--only NAME] [--epochs N] [--seed N] [--quick]
 
 The "small" model of Zaremba et al. 2014, arXiv 1409.2329, whose test perplexity is about 115: 20 streams, 20 steps,
 gradient descent from rate 1, halved after every epoch from the fifth on, gradients cut at norm 5, no dropout. FOLDER

@@ -61,6 +61,7 @@ class Task:
     scale: float = 1.0
     turn: int = 40
     turns: int = 7
+    seed: int = 1
 
 
 class Model(nn.Module):
@@ -110,7 +111,7 @@ class Rival:
 
     def __init__(self, name: str, symbols: int, task: Task) -> None:
         kind, self.precision, autocast = RIVALS[name]
-        torch.manual_seed(1)
+        torch.manual_seed(task.seed)
         self.task, self.model = task, Model(kind, symbols, task, autocast)
         self.optimiser = task.optimiser(self.model.parameters())
 
@@ -178,13 +179,14 @@ def run(doc: str | None, task: Task, read: Callable[[Path], dict[str, Tensor]], 
     parser.add_argument(
         "--epochs", type=int, default=task.epochs, help="another number keeps nothing; 0 measures the time alone"
     )
+    parser.add_argument("--seed", type=int, default=task.seed, help="of the first weights; another one keeps nothing")
     given = parser.parse_args()
     parts = _made_up() if given.quick else read(given.text)
     names = given.only or list(RIVALS)
     epochs = min(given.epochs, 1) if given.quick else given.epochs
-    found = _found(names, parts, replace(task, epochs=epochs), given)
+    found = _found(names, parts, replace(task, epochs=epochs, seed=given.seed), given)
     print(json.dumps(found, indent=1))
-    if not given.quick and epochs in (0, task.epochs):
+    if not given.quick and epochs in (0, task.epochs) and given.seed == task.seed:
         before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
         keep(given.out, {**{name: before[name] for name in (*RIVALS, TIMES) if name in before}, **found})
 

@@ -1,6 +1,6 @@
 """Characters of Shakespeare by two layers of 512 units, in float32, with less precision, and with torch.nn.LSTM.
 
-    python runs/shakespeare_layers.py [--text FILE] [--only NAME] [--epochs N] [--quick]
+    python runs/shakespeare_layers.py [--text FILE] [--only NAME] [--epochs N] [--seed N] [--quick]
 
 FILE is input.txt of github.com/karpathy/char-rnn, data/tinyshakespeare, nine tenths of it for training, the last for
 validation: 32 streams, 128 steps, Adam from rate 0.003 down to 0 along a cosine over 4 epochs, gradients cut at norm 1,
