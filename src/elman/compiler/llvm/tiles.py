@@ -15,6 +15,8 @@ the system has nothing of them to save when it interrupts the thread.
 
 from __future__ import annotations
 
+import itertools
+
 from llvmlite import ir
 
 from .code import BYTE, I16, I64, PTR, VOID, at, constant, counted, intrinsic, store, vector
@@ -24,8 +26,8 @@ from .panel import internal
 
 __all__ = ["release", "tile_kernel"]
 
-_SUMS, _LEFT, _RIGHT, _LAST = 0, 4, 5, 7
-"""The first registers of sums and of left; of weights, and that of the last vector, which may have fewer columns."""
+_LEFT, _LAST = 4, 7
+"""The first register of left, after those of sums, and that of the last vector, which may have fewer columns."""
 
 _WIDTHS, _HEIGHTS, _CONFIGURATION = 16, 48, 64  # where the shapes stand, 2 bytes and 1 for each; the size of it
 
@@ -39,48 +41,43 @@ def tile_kernel(module: ir.Module, isa: Isa, mode: Numeric, high: bool, vectors:
     ``count`` are elements, a multiple of those that are multiplied at once. ``rows`` are 17 to 32 if it is ``high``, 1
     to 16 otherwise. Of the last vector of out and source only ``tail`` lanes exist, where it is not 0.
     """
-    made = internal(
-        module, f"unit.{'high' if high else 'low'}x{vectors}", [PTR, I64, PTR, I64, PTR, I64, PTR] + [I64] * 3
-    )
+    name = f"unit.{'high' if high else 'low'}x{vectors}"
+    made = internal(module, name, [PTR, I64, PTR, I64, PTR, I64, PTR, I64, I64, I64])
     if made.blocks:
         return made
     unit = mode.unit
     assert unit is not None
     out, out_stride, source, source_stride, left, left_stride, weights, count, rows, tail = made.args
     b = ir.IRBuilder(made.append_basic_block("entry"))
-    full = I64(unit.rows)
+    full, whole = I64(unit.rows), I64(unit.bytes)
     heights = [full, b.sub(rows, full)] if high else [rows]
-    lanes = b.select(b.icmp_signed("==", tail, I64(0)), I64(mode.lanes(isa)), tail)
-    places = b.alloca(ir.VectorType(BYTE, _CONFIGURATION))
-    places.type = PTR
+    rest = b.select(b.icmp_signed("==", tail, I64(0)), whole, b.mul(tail, I64(mode.weight.size)))
+    configuration = b.alloca(vector(BYTE, _CONFIGURATION))
+    configuration.type = PTR
+    step, elements = I64(vectors * unit.bytes), unit.bytes // mode.weight.size
     together = 2 if high else vectors
     for first in range(0, vectors, together):
         columns = range(first, min(first + together, vectors))
-        sums = {(r, v): _SUMS + r * len(columns) + v - first for r in range(len(heights)) for v in columns}
-        right = {v: _RIGHT + (v - first) % (1 if high else 2) + high for v in columns[:-1]} | {columns[-1]: _LAST}
-        width = b.mul(lanes, I64(4)) if columns[-1] == vectors - 1 else I64(unit.bytes)
-        shapes = {}
-        for (r, v), tile in sums.items():
-            shapes[tile] = heights[r], width if v == columns[-1] else I64(unit.bytes)
-        for r, height in enumerate(heights):
-            shapes[_LEFT + r] = height, I64(unit.bytes)
-        for v, tile in right.items():
-            shapes[tile] = full, width if v == columns[-1] else I64(unit.bytes)
-        _configure(b, unit, places, shapes)
+        sums = {place: tile for tile, place in enumerate(itertools.product(range(len(heights)), columns))}
+        lefts = range(_LEFT, _LEFT + len(heights))
+        free = range(lefts.stop, _LAST)
+        rights = {v: free[i % len(free)] for i, v in enumerate(columns[:-1])} | {columns[-1]: _LAST}
+        widths = {v: rest if v == vectors - 1 else whole for v in columns}
+        shapes = {tile: (heights[r], widths[v]) for (r, v), tile in sums.items()}
+        shapes |= {tile: (height, whole) for tile, height in zip(lefts, heights, strict=True)}
+        shapes |= {tile: (full, widths[v]) for v, tile in rights.items()}
+        _configure(b, unit, configuration, shapes)
         for (r, v), tile in sums.items():
             _move(b, unit.load, tile, _place(b, unit, source, source_stride, r, v), source_stride)
-        elements = unit.bytes // mode.weight.size
-        step = I64(vectors * unit.bytes)
         with counted(b, 0, count, elements, name="k") as k:
             along = b.mul(k, I64(mode.left.size))
-            for r in range(len(heights)):
-                _move(b, unit.load, _LEFT + r, at(b, _place(b, unit, left, left_stride, r, 0), along), left_stride)
+            for r, tile in enumerate(lefts):
+                _move(b, unit.load, tile, at(b, _place(b, unit, left, left_stride, r, 0), along), left_stride)
             here = at(b, weights, b.mul(k, step))
             for v in columns:
-                _move(b, unit.load, right[v], at(b, here, v * unit.bytes), step)
-                for r in range(len(heights)):
-                    numbers = [constant(BYTE, tile) for tile in (sums[r, v], _LEFT + r, right[v])]
-                    intrinsic(b, unit.multiply, VOID, numbers)
+                _move(b, unit.load, rights[v], at(b, here, v * unit.bytes), step)
+                for r, tile in enumerate(lefts):
+                    intrinsic(b, unit.multiply, VOID, [constant(BYTE, t) for t in (sums[r, v], tile, rights[v])])
         for (r, v), tile in sums.items():
             _move(b, unit.store, tile, _place(b, unit, out, out_stride, r, v), out_stride)
     b.ret_void()
