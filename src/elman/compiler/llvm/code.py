@@ -15,38 +15,30 @@ __all__ = [
 ]  # fmt: skip
 
 
-class _BFloat16(ir.Type):
-    """bfloat16, the upper half of a float32, a type of LLVM that llvmlite has no name for."""
+class _Named(ir.Type):
+    """A type of 16 bits that llvmlite has no name for."""
 
     width = 16
 
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
-
-
-class _Split(ir.Type):
-    """A numeric mode, no type of LLVM: float32 in two halves of bfloat16 each, multiplied three times."""
+    def __init__(self, name: str) -> None:
+        self.text = name
 
     def _to_string(self) -> str:
-        return "bfloat x 3"
+        return self.text
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Split)
+        return isinstance(other, _Named) and other.text == self.text
 
     def __hash__(self) -> int:
-        return hash(_Split)
+        return hash(self.text)
 
 
 BOOL, BYTE, I16 = ir.IntType(1), ir.IntType(8), ir.IntType(16)
 I32, I64 = ir.IntType(32), ir.IntType(64)
-BF16, BF16X3, F32, F64, VOID = _BFloat16(), _Split(), ir.FloatType(), ir.DoubleType(), ir.VoidType()
-PTR = ir.PointerType()
+F32, F64, VOID, PTR = ir.FloatType(), ir.DoubleType(), ir.VoidType(), ir.PointerType()
+BF16 = _Named("bfloat")
+BF16X3 = _Named("bfloat x 3")
+"""A numeric mode, no type of LLVM: float32 in two halves of bfloat16, multiplied three times."""
 
 Int: TypeAlias = int | ir.Value
 
