@@ -112,12 +112,17 @@ def pairs(result: Any) -> Table:
         yield row["slow"], row["ms"][0], row["fast"], row["ms"][1], row["ratio"]
 
 
-def words(result: Any) -> Table:
-    yield "layers", "validation, nats", "test, nats", "test perplexity", "seconds of an epoch"
-    for name, seconds in result["seconds of an epoch"].items():
-        if name != "threads":
-            row = result.get(name, {})
-            yield name, *(row.get(key, "–") for key in ("valid", "test", "test perplexity")), seconds
+def rivals(**columns: str) -> Callable[[Any], Table]:
+    """The layers of one model, with what is kept of each under some keys."""
+
+    def table(result: Any) -> Table:
+        yield "layers", *columns.values(), "seconds of an epoch"
+        for name, seconds in result["seconds of an epoch"].items():
+            if name != "threads":
+                row = result.get(name, {})
+                yield name, *(row.get(key.replace("_", " "), "–") for key in columns), seconds
+
+    return table
 
 
 TABLES: dict[tuple[str, str], Callable[[Any], Table]] = {
@@ -134,7 +139,8 @@ TABLES: dict[tuple[str, str], Callable[[Any], Table]] = {
     ("fill_in_the_blank", "filled"): filled,
     ("untied", "error"): error,
     ("sequence_autoencoder", "rebuilt"): rebuilt,
-    ("ptb_words", "words"): words,
+    ("ptb_words", "words"): rivals(valid="validation, nats", test="test, nats", test_perplexity="test perplexity"),
+    ("shakespeare_layers", "characters"): rivals(valid="validation, nats"),
     ("slow_cells", "pairs"): pairs,
 }
 
