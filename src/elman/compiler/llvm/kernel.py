@@ -43,8 +43,8 @@ _BYTES_OF_A_STEP = 500  # as long as a step takes that does nothing
 _FEWEST_STEPS = 64  # of a piece of time
 _NEAR_PIECE = 256_000  # bytes of it, that are still near the second time
 _ROWS_APART = 24_000  # bytes of a state, for each thread, above which sharing rows is better
-_NEAR = 1_200_000  # bytes of weights that stay near a core
-_FEW = 4  # rows of a thread below which sharing the units is better
+_NEAR, _SHARED = 1_200_000, 32_000_000  # bytes of weights that stay near a core, in the cache of all
+_FEW, _FEW_OF_FAR = 4, 8  # rows of a thread below which sharing the units is better, where weights are near or not
 
 
 class PrecisionError(UnsupportedError):
@@ -106,7 +106,9 @@ class Kernel:
             return 1, False
         if self.block(rows):
             return count, False
-        if rows.batch >= _FEW * count and sum(self.packed) <= _NEAR:
+        weights = sum(self.packed)
+        enough = _FEW if weights <= _NEAR else _FEW_OF_FAR
+        if rows.batch >= enough * count and weights <= _SHARED:
             return count, False
         if self.flops * rows.batch < _WORK_TO_MEET:
             return min(count, rows.batch), False
