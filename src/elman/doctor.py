@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from .cells import CELLS
 from .compiler.llvm.isa import chosen
+from .config import Machine
+from .machine import arithmetic
 from .spec import make_cell
 from .unfold import BACKENDS, scan
 
@@ -85,23 +85,11 @@ def _deviation(name: str, backend: str, precision: str) -> tuple[float, float]:
     expected_gradients = _gradients(expected, [xs, *cell.parameters()])
     kind = torch.float64 if wide else torch.float32
     cell, xs = cell.to(kind), xs.detach().to(kind).requires_grad_()
-    with _arithmetic(precision):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            ys, state = scan(cell, xs, _start(cell, batch, kind), backend=backend)
-        got = [ys, *pytree.tree_leaves(state)]
-        gradients = _gradients(got, [xs, *cell.parameters()])
+    with arithmetic(Machine(precision="float32" if wide else precision), xs.device):  # type: ignore[arg-type]
+        ys, state = scan(cell, xs, _start(cell, batch, kind), backend=backend)
+    got = [ys, *pytree.tree_leaves(state)]
+    gradients = _gradients(got, [xs, *cell.parameters()])
     return _largest(got, expected), _largest(gradients, expected_gradients)
-
-
-@contextmanager
-def _arithmetic(precision: str) -> Iterator[None]:
-    """PyTorch's products of float32 have that precision, where it is one of theirs."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision if precision in ("high", "medium") else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _start(cell: nn.Module, batch: int, dtype: torch.dtype) -> Any:

@@ -50,10 +50,8 @@ def function_of(node: fx.Node, compiled: bool = False, precision: str = "highest
         from .llvm import isa, matmul, numeric  # llvmlite is loaded with the first program of machine code
 
         found = isa.chosen()
-        halves = (
-            found is not None and precision == "high" and numeric.in_halves(found) and _is_product(node, torch.float32)
-        )
-        if found is not None and (prefers_onednn() or halves):
+        high = precision == "high" and _is_product(node, torch.float32)
+        if found is not None and (prefers_onednn() or (high and numeric.in_halves(found))):
             function = matmul.added if bias else matmul.product_of
             return function if precision == "highest" else _precise(function, precision)
     if not applies(node):

@@ -200,7 +200,7 @@ class Numeric:
 
 @lru_cache(maxsize=64)
 def numeric(isa: Isa, kind: ir.Type, source: ir.Type | None = None) -> Numeric:
-    """The mode of a kind on a processor, its operands in memory of type ``source``: F32 or BF16 for BF16, else one."""
+    """The mode of a kind on a processor; ``source`` is the type of its operands in memory, F32 or BF16 for BF16."""
     if kind not in (BF16, BF16X3):
         bits = 32 if kind is F32 else 64
         cell = Cell(suffix(kind), kind, kind, 1, bits)

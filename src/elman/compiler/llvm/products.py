@@ -116,7 +116,7 @@ class Products(Values):
             return self._rows_of_left(*self._computed(node, view))
         access, times, k = self._rows_of_left(node, view)
         every = -(-k // mode.whole) * mode.whole
-        if access.buffer.dtype == torch.bfloat16 and every == k:
+        if access.buffer.dtype == torch.bfloat16 and every == k and not mode.rests:
             return access, times, k
         copy = self.copied(node, view)
         row = every * len(mode.lefts)
